@@ -37,7 +37,7 @@ from secure.ckks.program import CkksProgram
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.ckks import CLIENT, SERVER, Ckks, report
 from secure.errors import InvalidInput, PeerLost, ProtocolError, printable
-from secure.session.link import Link, Report
+from secure.session.link import Ahead, Link, Report
 
 LARGEST_KEY = 1 << 26  # bytes of the file in which a client keeps its secret key
 
@@ -113,22 +113,51 @@ class CkksLink(Link):
     # queries
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Vector], Report]:
+        conversation = self.converse(0)
+        try:
+            return self.go_on(conversation, values, number)
+        finally:
+            self.leave(conversation)
+
+    def converse(self, capacity: int) -> _Conversation:
+        return _Conversation()
+
+    def go_on(
+        self,
+        conversation: Any,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Ahead | None = None,
+    ) -> tuple[Sequence[Vector], Report]:
+        """Run a query in the call of its conversation; the first one opens it. One that fails ends the conversation."""
+        assert isinstance(conversation, _Conversation)
+        conversation.check(rows)
         began = time.perf_counter()
         exchange = ClientQuery(self.program, self.client)
-        start = pb.CkksStart(program_digest=self.program.digest, model=self.model, keys_digest=self.keys_digest)
-        outbox: queue.SimpleQueue[pb.CkksRequest | None] = queue.SimpleQueue()
-        outbox.put(pb.CkksRequest(start=start))
         encrypted = exchange.inputs(values)
-        _put(outbox, encrypted)
+        if conversation.replies is None:
+            start = pb.CkksStart(program_digest=self.program.digest, model=self.model, keys_digest=self.keys_digest)
+            conversation.outbox.put(pb.CkksRequest(start=start))
+            stream = self._stub.Query(iter(conversation.outbox.get, None))
+            conversation.replies = _Replies(stream, self._deadline)
+        _put(conversation.outbox, encrypted)
         try:
-            with self._listening(self._stub.Query(iter(outbox.get, None)), "evaluating") as replies:
-                results = exchange.results(self._answer(exchange, replies, outbox))
+            with self._hearing(conversation.replies, "evaluating") as replies:
+                results = exchange.results(self._answer(exchange, replies, conversation.outbox))
         except InvalidCiphertext as error:
+            self.leave(conversation)
             raise ProtocolError(f"{self._server} sent no ciphertext of this Program: {error}") from None
-        finally:
-            outbox.put(None)
+        except BaseException:
+            self.leave(conversation)
+            raise
+        conversation.filled += 1
         taken = report(exchange, number, time.perf_counter() - began)
         return results, replace(taken, id=query_of_ciphertext(encrypted[0]))
+
+    def leave(self, conversation: Any) -> None:
+        conversation.close()
 
     def _answer(
         self,
@@ -184,28 +213,72 @@ class CkksLink(Link):
     @contextmanager
     def _listening(self, stream: Any, doing: str) -> Iterator[Iterator[Any]]:
         """Yield the messages of a stream, each within the deadline; the stream ends with this context."""
-        watch, began = Watchdog(self._deadline, stream.cancel), time.monotonic()
+        replies = _Replies(stream, self._deadline)
+        try:
+            with self._hearing(replies, doing) as messages:
+                yield messages
+        finally:
+            replies.close()
+
+    @contextmanager
+    def _hearing(self, replies: _Replies, doing: str) -> Iterator[Iterator[Any]]:
+        """Yield the messages of a stream that come from now on, and turn its errors into ours."""
+        began = time.monotonic()
 
         def messages() -> Iterator[Any]:
-            for message in watch.receiving(stream):
+            for message in replies.messages:
                 if time.monotonic() - began > LASTING:
                     raise PeerLost(f"{self._server} is not done after {LASTING:g} s ({doing})", "ask its owner why")
                 yield message
 
-        try:
-            with self._server.calling(doing, hint="connect again"):
-                try:
-                    yield messages()
-                except grpc.RpcError:
-                    if watch.fired:
-                        silent = f"{self._server} said nothing for {self._deadline:g} s ({doing})"
-                        raise PeerLost(silent, "see the server's log") from None
-                    if self.ended:
-                        raise PeerLost(f"this session has ended: {self.ended}", "connect again") from None
-                    raise
-        finally:
-            watch.stop()
-            stream.cancel()
+        with self._server.calling(doing, hint="connect again"):
+            try:
+                yield messages()
+            except grpc.RpcError:
+                if replies.watch.fired:
+                    silent = f"{self._server} said nothing for {self._deadline:g} s ({doing})"
+                    raise PeerLost(silent, "see the server's log") from None
+                if self.ended:
+                    raise PeerLost(f"this session has ended: {self.ended}", "connect again") from None
+                raise
+
+
+class _Replies:
+    """The messages of a stream, each of which has to come within the deadline."""
+
+    def __init__(self, stream: Any, deadline: float) -> None:
+        self.watch = Watchdog(deadline, stream.cancel)
+        self.messages, self._stream = self.watch.receiving(stream), stream
+
+    def close(self) -> None:
+        self.watch.stop()
+        self._stream.cancel()
+
+
+class _Conversation:
+    """Queries that follow one another in one call of the service, which ends with it and forgets what they kept.
+
+    filled: the rows that they have kept so far.
+    """
+
+    def __init__(self) -> None:
+        self.outbox: queue.SimpleQueue[pb.CkksRequest | None] = queue.SimpleQueue()
+        self.replies: _Replies | None = None
+        self.filled, self._closed = 0, False
+
+    def check(self, rows: int | None) -> None:
+        """Raise PeerLost after the conversation's end, and InvalidInput for a query that does not read all its rows."""
+        if self._closed:
+            raise PeerLost("this conversation has ended", "begin another one")
+        if rows not in (None, self.filled):
+            raise InvalidInput(f"a query behind {rows} of {self.filled} rows", "on ciphertexts a text only goes on")
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.outbox.put(None)
+            if self.replies is not None:
+                self.replies.close()
 
 
 def _put(outbox: queue.SimpleQueue[pb.CkksRequest | None], ciphertexts: Sequence[bytes]) -> None:

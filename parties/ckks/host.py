@@ -1,11 +1,11 @@
 """The processes that evaluate: ``python -m parties.ckks.host`` with a socket of the server's as its only argument.
 
 The *host* holds the encoded weights and reads nothing of clients'. For each client at work it forks a *holder*, which
-loads that client's evaluation keys. For each query the holder forks a child, which reads the ciphertexts, computes and
-ends: the backend's library holds the interpreter's lock, so threads could not run at the same time. All share the
-weights copy-on-write: holders and children have them in their memory, and nothing of them travels. Holders and children
-run under limits of memory and time, and any of them can die without harm to others. None has threads or gRPC, or
-imports torch or the compiler.
+loads that client's evaluation keys. For each query, or conversation of queries that follow one another, the holder
+forks a child, which reads the ciphertexts, computes and ends; with it end the rows that it kept. The backend's library
+holds the interpreter's lock, so threads could not run at the same time. All share the weights copy-on-write: holders
+and children have them in their memory, and nothing of them travels. Holders and children run under limits of memory and
+time, and any of them can die without harm to others. None has threads or gRPC, or imports torch or the compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from parties.ckks.limits import limit, limit_time, loading_seconds
 from parties.ckks.pipe import Pipe, receive_schedule
 from protocols.ckks import cost
 from protocols.ckks.canonical import InvalidCiphertext
-from protocols.ckks.evaluate import EncodedWeights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, KeptRows, evaluate
 from protocols.ckks.seal import Context, EvaluationKeys, key_forms, split_keys
 
 log = logging.getLogger("unseen.evaluators")
@@ -82,12 +82,15 @@ class Holder:
     @property
     def _memory(self) -> int:
         """Bytes that a query may take: a few times those of its ciphertexts."""
-        live = 8 * self.weights.context.parameters.degree * cost.live_ciphertexts(self.weights.schedule)
-        return 4 * live + SLACK
+        schedule, each = self.weights.schedule, 8 * self.weights.context.parameters.degree
+        live = cost.live_ciphertexts(schedule) + cost.kept_polynomials(schedule)
+        return 4 * live * each + SLACK
 
     def _compute(self, pipe: Pipe) -> None:
-        schedule = self.weights.schedule
-        expected = cost.seconds(schedule, self.weights.context.parameters)
+        """Answer a query; of a model that keeps rows, also those of its conversation that follow."""
+        schedule, kept = self.weights.schedule, KeptRows()
+        queries = schedule.circuit.rows + 1
+        expected = queries * cost.seconds(schedule, self.weights.context.parameters)
         limit(self._memory, EVALUATING + SLOW * expected)
         total, told = len(schedule.circuit.nodes), time.perf_counter()
 
@@ -98,16 +101,17 @@ class Holder:
                 pipe.send({"done": done, "total": total, "path": path})
 
         try:
-            _, payloads = pipe.receive()
-            run = evaluate(self.weights, self.keys, dict(zip(self.views, payloads, strict=True)), progress)
-            try:
-                masked, stage = next(run), 1
-                while True:
-                    pipe.send({"refresh": stage}, masked)
-                    _, answers = pipe.receive()
-                    masked, stage = run.send(answers), stage + 1
-            except StopIteration as result:
-                pipe.send({"result": True}, result.value)
+            for _ in range(queries):
+                _, payloads = pipe.receive()
+                run = evaluate(self.weights, self.keys, dict(zip(self.views, payloads, strict=True)), progress, kept)
+                try:
+                    masked, stage = next(run), 1
+                    while True:
+                        pipe.send({"refresh": stage}, masked)
+                        _, answers = pipe.receive()
+                        masked, stage = run.send(answers), stage + 1
+                except StopIteration as result:
+                    pipe.send({"result": True}, result.value)
         except InvalidCiphertext as error:
             pipe.send({"error": str(error)})
         except (EOFError, BrokenPipeError, ConnectionResetError):

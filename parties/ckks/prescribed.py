@@ -35,7 +35,7 @@ def prescribed(receipt: Receipt, programs: Mapping[str, CkksProgram]) -> int:
 
 def _run(walk: Walk, receipt: Receipt, programs: Mapping[str, CkksProgram]) -> int:
     asked, running, whole = DescriptionMessages(walk, receipt, programs), False, 0
-    keys, ciphertexts = Frames(), Frames()
+    keys, ciphertexts, again = Frames(), Frames(), list[int]()
     for message in walk:
         if asked.takes(message):
             continue
@@ -49,8 +49,12 @@ def _run(walk: Walk, receipt: Receipt, programs: Mapping[str, CkksProgram]) -> i
             keys.take(walk, message)
         elif message.kind == "Query/start":
             whole += running and not ciphertexts.left
-            running, ciphertexts = True, Frames(_start(walk, receipt, message, programs))
+            again = _start(walk, receipt, message, programs)
+            running, ciphertexts = True, Frames(again)
+            again = again if programs[str(message.said["program_digest"])].rows else []
         elif message.kind == "Query/frame":
+            if again and not ciphertexts.left:  # the next query of a conversation
+                whole, ciphertexts = whole + 1, Frames(again)
             ciphertexts.take(walk, message)
         else:
             raise walk.unknown(message)

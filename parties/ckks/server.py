@@ -7,6 +7,7 @@ refresh is masked, and comes back encrypted anew; no other decrypted value comes
 from __future__ import annotations
 
 import hmac
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,7 +167,7 @@ class CkksService(CkksServicer):
                         f"{what}: the client has {theirs[:64]!r}, this server {ours[:64]!r}", "connect again"
                     )
             self._keys(start.keys_digest, name)
-            levels = [level for _, level, _ in program.views.values()]
+            levels = program.input_levels
             requests.allowance.left = patience(sum(map(program.parameters.fresh_bytes, levels)))
             inputs = requests.ciphertexts(program, levels)
             requests.named = query_of_ciphertext(inputs[0])
@@ -185,11 +186,28 @@ class CkksService(CkksServicer):
                     if not left:
                         raise
             try:
-                yield from self._evaluated(query, inputs, requests)
+                yield from self._evaluated(query, inputs, requests, who)
             finally:
                 query.close()
 
-    def _evaluated(self, query: Running, inputs: list[bytes], requests: _Requests) -> Iterator[pb.CkksReply]:
+    def _evaluated(
+        self, query: Running, inputs: list[bytes], requests: _Requests, who: Caller
+    ) -> Iterator[pb.CkksReply]:
+        """Answer a query; of a model that keeps rows, also those that follow, until the client ends the stream."""
+        program, began = self.program, time.perf_counter()
+        for left in reversed(range(program.rows + 1)):
+            yield from self._answered(query, inputs, requests)
+            if not left:
+                return
+            requests.allowance.left = self.deadline
+            if (found := requests.following(program)) is None:
+                return
+            self._tell(requests, who, time.perf_counter() - began)  # of the one that was answered before
+            inputs, began, requests.answered = found, time.perf_counter(), False
+            requests.named = query_of_ciphertext(inputs[0])
+            requests.allowance.left = self.deadline + patience(program.to_server + program.to_client)
+
+    def _answered(self, query: Running, inputs: list[bytes], requests: _Requests) -> Iterator[pb.CkksReply]:
         query.send(inputs)
         while True:
             header, payloads = query.receive()
@@ -292,6 +310,15 @@ class _Requests:
         if message.WhichOneof("content") != "start":
             raise ProtocolError("a query begins with its start")
         return message.start
+
+    def following(self, program: CkksProgram) -> list[bytes] | None:
+        """Read the inputs of a conversation's next query; None if the client ends the stream before them."""
+        first = _next(self._requests, self.allowance, "the inputs of its next query")
+        if first is None:
+            return None
+        self._requests = itertools.chain([first], self._requests)
+        self.allowance.left = patience(sum(map(program.parameters.fresh_bytes, program.input_levels)))
+        return self.ciphertexts(program, program.input_levels)
 
     def ciphertexts(self, program: CkksProgram, levels: Sequence[int]) -> list[bytes]:
         """Read one fresh ciphertext for each level; raises ProtocolError if one has another size than it must."""

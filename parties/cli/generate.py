@@ -18,6 +18,7 @@ from parties.reports.who_learns import who_learns
 from secure.cost import passes
 from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb, total
 from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.ckks import Ckks
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.chat import CONTENT, ROLE
@@ -156,9 +157,19 @@ def prices(
     deployment: Deployment, session: Session, network: NetworkSpeed | None, *, drafted: bool = False
 ) -> Iterator[str]:
     """Say what a prompt and each token after it take, by the Programs' own costs, and with drafts a pass over them."""
-    if not isinstance(deployment, CircuitDeployment):
-        return
     sizes = Sizes.of(session.sizes, session.program.labels)
+    if isinstance(deployment, Ckks):
+        cost = deployment.price(session.program)
+        online = total(cost.traffic, phase=ONLINE)
+        away = (
+            f", {cost.rounds * network.round_trip + online / network.bandwidth:.2f} s of waiting on {network.name}"
+            if network
+            else ""
+        )
+        yield f"each token of the prompt and behind it: {cost.rounds} rounds, {_size(online)} online{away}"
+        yield "the answers are the scores of all tokens, from which this client chooses"
+        return
+    assert isinstance(deployment, CircuitDeployment)  # no other writes text
     wanted = [(f"a prompt of up to {sizes.prompts[-1].length} tokens", sizes.prompts[-1])]
     wanted.append(("each token after it", sizes.step))
     if drafted and sizes.verify is not None:
@@ -196,6 +207,9 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     for phase, name in ((ONLINE, "online"), (OFFLINE, "dealt")):
         if said := in_words([each for report in taken for each in report.traffic], phase):
             yield f"{name}: {said}"
+    if taken[0].length == 1:  # a prompt that is read by steps
+        yield f"the server saw {steps} steps, a token of the prompt or of the text each, and when each was"
+        return
     yield f"the servers saw a prompt of up to {taken[0].length} tokens, {steps} steps, and when each was"
 
 

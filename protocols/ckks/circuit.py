@@ -4,6 +4,11 @@ Operations: ``input`` (by name); ``rotate`` (slot i takes slot i + step, cyclic)
 ``shift`` (adds a plain vector or number); ``multiply`` (the sum of products of pairs, relinearized once); ``dot`` (the
 sum of operands times plain vectors or numbers); ``refresh`` (the client re-encrypts, which restores the levels).
 ``multiply`` and ``dot`` use up one level.
+
+A circuit whose queries follow one another, each reading what earlier ones kept, has two more. ``kept`` reads the rows
+that earlier queries kept under a name; ``keep`` adds a new row to them. The new row stands at the place of every row,
+and a plain vector says which row each slot belongs to: all slots but those of its own row are multiplied by zero, which
+takes a level.
 """
 
 from __future__ import annotations
@@ -17,12 +22,13 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 Plain = Vector | float
-TAKES_LEVEL = frozenset({"multiply", "dot"})
+TAKES_LEVEL = frozenset({"multiply", "dot", "keep"})
+GIVEN = frozenset({"input", "kept"})  # ciphertexts that are there before the circuit runs
 
 
 @dataclass(frozen=True)
 class CkksNode:
-    """One operation. inputs: node ids; numbers: step (rotate), signs (add), ids of plain operands (shift, dot)."""
+    """One operation. inputs: node ids; numbers: step (rotate), signs (add), plain operands' ids (shift, dot, keep)."""
 
     op: str
     inputs: tuple[int, ...] = ()
@@ -40,6 +46,7 @@ class Circuit:
     plains: list[Plain] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # ids of nodes before which a refresh may be placed
+    keeps: dict[str, tuple[int, int]] = field(default_factory=dict)  # new rows by name: node, plain of rows' numbers
     path: str = ""
     _known: dict[CkksNode, int] = field(default_factory=dict)
     _plain_ids: dict[bytes, int] = field(default_factory=dict)
@@ -73,6 +80,13 @@ class Circuit:
     def input(self, name: str) -> int:
         return self._node("input", name=name)
 
+    def kept(self, name: str) -> int:
+        return self._node("kept", name=name)
+
+    def keep(self, x: int, name: str, rows: Vector) -> None:
+        """Keep x as a new row. rows: the number of the row that each slot belongs to, -1 for none."""
+        self.keeps[name] = x, self._plain(rows)
+
     def rotate(self, x: int, step: int) -> int:
         step %= self.slots
         return self._node("rotate", (x,), (step,)) if step else x
@@ -103,6 +117,12 @@ class Circuit:
         """The steps of all rotations, in order; the server needs a key for each."""
         return sorted({n.numbers[0] for n in self.nodes if n.op == "rotate"})
 
+    @property
+    def rows(self) -> int:
+        """The rows that the queries of one conversation keep; 0 if none are kept."""
+        numbers = [self.plains[n.numbers[0]] for n in self.nodes if n.op == "keep"]
+        return max((int(np.max(each)) + 1 for each in numbers), default=0)
+
     def counts(self) -> dict[str, int]:
         """Count operations by kind; a product of a pair, or with a plain vector, counts as one."""
         out = dict.fromkeys(("rotate", "multiply", "plain", "add", "refresh"), 0)
@@ -128,16 +148,22 @@ def last_readers(circuit: Circuit) -> list[int]:
 
 
 def clear(
-    circuit: Circuit, inputs: Mapping[str, Vector], observe: Callable[[int, Vector], None] | None = None
+    circuit: Circuit,
+    inputs: Mapping[str, Vector],
+    observe: Callable[[int, Vector], None] | None = None,
+    disturb: Callable[[int, Sequence[Vector], Vector], Vector] | None = None,
 ) -> list[Vector]:
     """Compute the slots of every output in floating point, without encryption: the reference.
 
-    inputs: slot vectors by name. observe: called with every node's id and slots, for calibration.
+    inputs: slot vectors by name, those of kept rows among them. observe: called with every node's id and
+    slots, for calibration. disturb: returns what takes the place of a node's slots, given its id, operands and slots.
     """
     values: dict[int, Vector] = {}
     last = last_readers(circuit)
     for i, node in enumerate(circuit.nodes):
-        values[i] = value = _clear(circuit, node, [values[x] for x in node.inputs], inputs)
+        operands = [values[x] for x in node.inputs]
+        value = _clear(circuit, node, operands, inputs)
+        values[i] = value = value if disturb is None else disturb(i, operands, value)
         if observe is not None:
             observe(i, value)
         for x in {i, *node.inputs}:
@@ -147,13 +173,13 @@ def clear(
 
 
 def _clear(circuit: Circuit, node: CkksNode, x: Sequence[Vector], inputs: Mapping[str, Vector]) -> Vector:
-    if node.op == "input":
+    if node.op in GIVEN:
         return inputs[node.name]
     if node.op == "rotate":
         return np.roll(x[0], -node.numbers[0])
     if node.op == "multiply":
         return np.asarray(np.sum([a * b for a, b in zip(x[::2], x[1::2], strict=True)], axis=0))
-    if node.op == "refresh":
+    if node.op in ("refresh", "keep"):
         return x[0]
     if node.op == "shift":
         return x[0] + circuit.plains[node.numbers[0]]

@@ -101,6 +101,9 @@ def account(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | 
             each, sums = by.of("plain", n, limbs + 1) * count, by.of("add", n, limbs + 1) * (count - 1)
             out.add("plain products", path, each + sums)
             out.add("rescaling", path, by.of("rescale", n, limbs + 1))
+        elif node.op == "keep":  # a product, and a sum with the rows before
+            out.add("kept rows", path, by.of("plain", n, limbs + 1) + by.of("add", n, limbs))
+            out.add("rescaling", path, by.of("rescale", n, limbs + 1))
         elif node.op in ("input", "refresh"):
             out.add("inputs" if node.op == "input" else "refreshes", path, by.of(node.op, n, limbs))
     return out
@@ -131,6 +134,12 @@ def live_ciphertexts(schedule: Schedule) -> int:
         most = max(most, now)
         now -= sum(2 * (schedule.levels[x] + 1) for x in {i, *node.inputs} if last[x] <= i)
     return most
+
+
+def kept_polynomials(schedule: Schedule) -> int:
+    """Count the residue polynomials of the ciphertexts in which a conversation keeps its rows."""
+    nodes = schedule.circuit.nodes
+    return sum(2 * (level + 1) for node, level in zip(nodes, schedule.levels, strict=True) if node.op == "kept")
 
 
 def measure(parameters: Parameters, points: Sequence[int] | None = None) -> Measured:

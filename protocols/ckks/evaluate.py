@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,20 +56,31 @@ class EncodedWeights:
         return self._cache[key]
 
 
+@dataclass
+class KeptRows:
+    """The rows that the queries of one conversation have kept. filled: their number; ciphertexts: by name."""
+
+    filled: int = 0
+    ciphertexts: dict[str, Any] = field(default_factory=dict)
+
+
 def evaluate(
     weights: EncodedWeights,
     keys: EvaluationKeys,
     inputs: Mapping[str, bytes],
     progress: Callable[[int, str], None] | None = None,
+    kept: KeptRows | None = None,
 ) -> Generator[list[bytes], list[bytes], list[bytes]]:
     """Run the whole schedule, and return the encrypted outputs.
 
     It yields the masked ciphertexts of each refresh and must be resumed with the client's fresh ones. Raises
     InvalidCiphertext for inputs that do not belong to the parameters.
 
-    progress: called before each node runs, with its id and its module's path.
+    progress: called before each node runs, with its id and its module's path. kept: the rows of earlier queries, to
+    which this one adds its own when it is done; none by default.
     """
-    run = _Run(weights, keys)
+    kept = KeptRows() if kept is None else kept
+    run = _Run(weights, keys, kept)
     schedule, circuit = weights.schedule, weights.schedule.circuit
     last = last_readers(circuit)
     stage = 0
@@ -90,7 +102,9 @@ def evaluate(
         for x in {i, *node.inputs}:
             if last[x] <= i:
                 run.forget(x)
-    return [run.leaving(run.values[x]) for x in circuit.outputs]
+    results = [run.leaving(run.values[x]) for x in circuit.outputs]
+    kept.ciphertexts, kept.filled = run.rows, kept.filled + 1
+    return results
 
 
 def _refreshed(
@@ -115,8 +129,9 @@ def _refreshed(
 
 
 class _Run:
-    def __init__(self, weights: EncodedWeights, keys: EvaluationKeys) -> None:
+    def __init__(self, weights: EncodedWeights, keys: EvaluationKeys, kept: KeptRows) -> None:
         self.weights, self.keys, self.context = weights, keys, weights.context
+        self.kept, self.rows = kept, dict(kept.ciphertexts)
         self.schedule = weights.schedule
         self.evaluator = sealapi.Evaluator(self.context.seal)
         self.values: dict[int, Any] = {}
@@ -159,8 +174,35 @@ class _Run:
             e.add_plain(self.at(node.inputs[0], level), self.weights.operand(i, node, 0), out)
         elif node.op == "multiply":
             return self._products(node, level)
+        elif node.op == "kept":
+            return self._kept(node, level)
+        elif node.op == "keep":
+            return self._keep(node, level)
         else:
             return self._dot(i, node, level)
+        return out
+
+    def _kept(self, node: CkksNode, level: int) -> Any:
+        """Return the rows that earlier queries kept, at first an encryption of zeros."""
+        if node.name not in self.kept.ciphertexts:
+            zeros = sealapi.Ciphertext()
+            self.keys.zeros.encrypt_zero(self.context.ids[level], zeros)
+            zeros.scale = self.context.parameters.scales[level]
+            self.rows[node.name] = zeros
+            return zeros
+        return self.kept.ciphertexts[node.name]
+
+    def _keep(self, node: CkksNode, level: int) -> Any:
+        """Add a row to those that are kept, and return all of them; the last query of a full conversation adds none."""
+        e, s, (x,) = self.evaluator, self.context.parameters.scales, node.inputs
+        own = np.asarray(self.schedule.circuit.plains[node.numbers[0]] == self.kept.filled, dtype=np.float64)
+        if not own.any():
+            return self.rows[node.name]
+        scale = s[level] * self.context.parameters.primes[level + 1] / s[self.schedule.levels[x]]
+        row, out = sealapi.Ciphertext(), sealapi.Ciphertext()
+        e.multiply_plain(self.at(x, level + 1), self.context.encode(own, level + 1, scale), row)
+        e.add(self.rows[node.name], self._rescaled(row, level), out)
+        self.rows[node.name] = out
         return out
 
     def _products(self, node: CkksNode, level: int) -> Any:

@@ -5,6 +5,9 @@ stage is what the server computes between two refreshes. Within a stage every no
 readers allow, because ciphertexts are smallest and operations cheapest there. If a reader needs a value at a lower
 level, the value drops: at no cost if the reader is ``dot`` (its plain operand makes up for the difference in scale),
 else by a product with one.
+
+A row that is kept is refreshed too, with the next refresh of its query or one of its own at the end, as the next query
+reads it at the same level as this one reads those of before.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from protocols.ckks.circuit import TAKES_LEVEL, Circuit, CkksNode, Plain, Vector, last_readers
+from protocols.ckks.circuit import GIVEN, TAKES_LEVEL, Circuit, CkksNode, Plain, Vector, last_readers
 from protocols.errors import DoesNotFit
 
 ROUND = 3  # the cost of a round when cuts are chosen, in refreshed ciphertexts
@@ -112,7 +115,8 @@ def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
     places = [0, *[m for m in circuit.marks if 0 < m < end], end]
     last = last_readers(circuit)
     live = {
-        m: sum(1 for i in range(m) if last[i] >= m and circuit.nodes[i].op != "input") if m < end else 0 for m in places
+        m: sum(1 for i in range(m) if last[i] >= m and circuit.nodes[i].op not in GIVEN) if m < end else 0
+        for m in places
     }
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for a, start in enumerate(places[:-1]):
@@ -124,7 +128,8 @@ def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
         for stop in places[a + 1 :]:
             for i in range(at, stop):
                 node = circuit.nodes[i]
-                depth[i] = max((depth.get(x, 0) for x in node.inputs), default=0) + (node.op in TAKES_LEVEL)
+                depth[i] = max((depth.get(x, _least(circuit, x)) for x in node.inputs), default=0)
+                depth[i] += node.op in TAKES_LEVEL
                 deepest = max(deepest, depth[i])
             at = stop
             if deepest > levels:
@@ -144,10 +149,15 @@ def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
     return best[end][1]
 
 
+def _least(circuit: Circuit, i: int) -> int:
+    """Return the levels below the highest at which a value is at most: what is kept is multiplied once before."""
+    return int(circuit.nodes[i].op == "kept")
+
+
 def _trimmed(circuit: Circuit) -> Circuit:
-    """Remove the nodes that no output needs."""
+    """Remove the nodes that neither an output needs nor a row that is kept."""
     needed = [False] * len(circuit.nodes)
-    for i in circuit.outputs:
+    for i in (*circuit.outputs, *(x for x, _ in circuit.keeps.values())):
         needed[i] = True
     for i in range(len(circuit.nodes) - 1, -1, -1):
         if needed[i]:
@@ -161,11 +171,13 @@ def _trimmed(circuit: Circuit) -> Circuit:
             out.paths.append(path)
     out.outputs = [place[i] for i in circuit.outputs]
     out.marks = sorted({place[m] for m in circuit.marks})
+    read = {node.name for node in out.nodes if node.op == "kept"}
+    out.keeps = {name: (place[x], rows) for name, (x, rows) in circuit.keeps.items() if name in read}
     return out
 
 
 def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[int]]:
-    """Insert refreshes before the nodes ``cuts``; return the circuit and the stage of every node."""
+    """Insert refreshes before the nodes ``cuts``, and keep rows; return the circuit and the stage of every node."""
     last = last_readers(circuit)
     out, stages, place = Circuit(circuit.slots, plains=circuit.plains), list[int](), dict[int, int]()
 
@@ -175,16 +187,32 @@ def _with_refreshes(circuit: Circuit, cuts: list[int]) -> tuple[Circuit, list[in
         stages.append(stage)
         return len(out.nodes) - 1
 
-    remaining, stage = list(cuts), 0
+    def keep(before: int, stage: int) -> None:
+        """Keep the rows of nodes before this one which were not kept yet."""
+        ready = [name for name, (x, _) in waiting.items() if x < before]
+        fresh = {}
+        for x in sorted({waiting[name][0] for name in ready}):
+            if out.nodes[place[x]].op == "refresh" and stages[place[x]] == stage:
+                fresh[x] = place[x]
+            else:
+                fresh[x] = append(CkksNode("refresh", (place[x],)), circuit.paths[x], stage)
+        for name in ready:
+            x, rows = waiting.pop(name)
+            append(CkksNode("keep", (fresh[x],), (rows,), name), circuit.paths[x], stage)
+
+    remaining, stage, waiting = list(cuts), 0, dict(circuit.keeps)
     for i, node in enumerate(circuit.nodes):
         if remaining and i == remaining[0]:
             remaining.pop(0)
             stage += 1
             for x in range(i):
-                if last[x] >= i and circuit.nodes[x].op != "input":
+                if last[x] >= i and circuit.nodes[x].op not in GIVEN:
                     place[x] = append(CkksNode("refresh", (place[x],)), circuit.paths[x], stage)
+            keep(i, stage)
         inputs = tuple(place[x] for x in node.inputs)
         place[i] = append(replace(node, inputs=inputs), circuit.paths[i], stage)
+    if waiting:
+        keep(len(circuit.nodes), stage + 1)
     out.outputs = [place[i] for i in circuit.outputs]
     return out, stages
 
@@ -193,9 +221,14 @@ def _leveled(circuit: Circuit, stages: list[int], reserve: int) -> Schedule:
     levels = [0] * len(circuit.nodes)
     for i in range(len(circuit.nodes) - 1, -1, -1):
         node = circuit.nodes[i]
-        for x in node.inputs:
+        for x in node.inputs if node.op != "keep" else ():
             wanted = reserve if node.op == "refresh" else levels[i] + (node.op in TAKES_LEVEL)
             levels[x] = max(levels[x], wanted)
+    kept = {node.name: levels[i] for i, node in enumerate(circuit.nodes) if node.op == "kept"}
+    for i, node in enumerate(circuit.nodes):
+        if node.op == "keep":
+            levels[i] = kept[node.name]
+            levels[node.inputs[0]] = max(levels[node.inputs[0]], levels[i] + 1)
     out = Circuit(circuit.slots, plains=circuit.plains)
     new_levels, new_stages = list[int](), list[int]()
     place, dropped = dict[int, int](), dict[tuple[int, int], int]()

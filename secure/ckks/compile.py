@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from approximations import choose
@@ -30,7 +31,7 @@ from secure.ckks.pack_batch import pack_batch
 from secure.ckks.polynomials import Range
 from secure.ckks.program import HEADROOM, CkksProgram
 from secure.errors import DoesNotFit, DoesNotPack, InvalidInput, UnsupportedOperation
-from secure.frontend import lower_model
+from secure.frontend import Size, lower_model, lower_sizes
 from secure.lowering.client_inputs import tables_label
 from secure.lowering.lower import Lowered, Sample
 from secure.lowering.trace import Symbol, Trace, evaluate
@@ -38,6 +39,7 @@ from secure.progress import Told, counted, silent
 
 SINGLES = 400  # inputs of batches by which ranges are found, about
 COMPARED = 4  # inputs of a batch that are compared with each alone
+SIMULATED, ROOM = 4, 4.0  # of those, runs with simulated errors; and how much larger than theirs errors may be
 WATCHED = 24  # calibration inputs that run through the packed circuit, for magnitudes and errors
 DEGREES = (8192, 16384, 32768)
 MODES = ("pure", "refresh")
@@ -81,6 +83,7 @@ def encrypt(
     degrees: Sequence[int] = DEGREES,
     token_table: bool = False,
     batch: int = 1,
+    texts: Sequence[Sequence[Sample]] = (),
     labels: Mapping[str, str] | None = None,
     told: Told = silent,
 ) -> CkksModel:
@@ -96,6 +99,9 @@ def encrypt(
     batch: the rows of each sample, of which every one is an input of its own. With more than one there is a ciphertext
     for each element, and a slot for each input: nothing is rotated, and up to N/2 inputs take the time of one, which is
     minutes.
+    texts: of a module that keeps rows (a step of a decoder), the inputs of queries that follow one another, each of
+    which reads what those before it kept. They set the ranges of its values, and ``calibration``, which may have other
+    shapes, those that its approximations ask for. It needs mode "refresh", as a row that is kept is refreshed.
     told: hears of progress.
     Raises UnsupportedOperation (a module is no polynomial; names its path), DoesNotFit (names the levels by module),
     DoesNotPack (a shape has no layout) and InvalidInput (options).
@@ -106,7 +112,13 @@ def encrypt(
         raise InvalidInput(f"a precision of {precision_bits:g} bits", f"more than 0, {MOST_BITS} at most")
     if batch > 1 and mode != "pure":
         raise InvalidInput("a batch whose ciphertexts are refreshed", "in mode 'pure', or one by one")
-    lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration], told)
+    if texts:
+        lowered, inputs, ranges = _stepped(model, example_inputs, calibration, texts, told)
+    else:
+        lowered, inputs, ranges = _prepared(model, [example_inputs, *calibration], told)
+    rows = max((p.attrs["rows"] for p in lowered.trace.primitives if p.op == "keep"), default=0)
+    if rows and mode != "refresh":
+        raise InvalidInput("a model that keeps rows, without refreshes", "--refresh (secure.Ckks(refresh=True))")
     if not token_table and (shown := [c.table for c in lowered.client_inputs if c.encoding == "client-table"]):
         raise InvalidInput(
             f"the model looks tokens up in {shown[0]!r}, and clients would hold that table",
@@ -127,7 +139,7 @@ def encrypt(
             else:
                 cube = _cube(lowered, degree // 2)
                 packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
-            several = inputs[: max(1, WATCHED // batch)]  # WATCHED rows
+            several = inputs[:: max(1, len(inputs) // WATCHED)] if texts else inputs[: max(1, WATCHED // batch)]
             chosen, timed, watched = _fitted(packed, several, degree, mode, precision_bits, told)
         except DoesNotFit as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
@@ -136,8 +148,8 @@ def encrypt(
         refreshed = sum(n.op == "refresh" for n in timed.circuit.nodes)
         price = seconds(timed, chosen) + CLIENT * refreshed * degree / 16384 + ROUND * timed.rounds
         found.append((price, chosen, timed, packed, watched))
-        if mode == "pure":
-            break  # a larger ring is slower
+        if mode == "pure" or rows:
+            break  # a larger ring is slower; of a decoder's step it also takes minutes to pack
     if not found and packed is None and unpacked is not None:
         raise unpacked  # no ring has a place for a shape
     if not found:
@@ -155,7 +167,7 @@ def encrypt(
         steps=tuple(timed.circuit.steps),
         client_graph=lowered.client_graph,
         client_inputs=tuple(lowered.client_inputs),
-        ranges={c.name: _reach(lowered, ranges, c.name) for c in lowered.client_inputs},
+        ranges={c.name: _reach(lowered, ranges, c.name, every=bool(texts)) for c in lowered.client_inputs},
         views={k: (name, levels[k], content) for k, (name, content) in best.views.items() if k in levels},
         refreshes=tuple(tuple(timed.levels[i] for i in timed.refreshes(stage)) for stage in range(1, timed.rounds + 1)),
         reserve=timed.reserve,
@@ -165,6 +177,7 @@ def encrypt(
         counts=timed.circuit.counts(),
         grain=best.output_unit * 2.0 ** -(precision_bits + 1),
         labels={"mode": mode, **(labels or {}), **tables_label(tables)},
+        rows=rows,
     )
     program.check()
     return CkksModel(
@@ -232,6 +245,45 @@ def _prepared(
     )
     inputs = [lowered.inputs(s) for s in samples]
     return lowered, inputs, _ranges(lowered, inputs, told)
+
+
+def _stepped(
+    model: nn.Module, example: Sample, whole: Sequence[Sample], texts: Sequence[Sequence[Sample]], told: Told
+) -> tuple[Lowered, list[dict[str, Tensor]], list[Range]]:
+    """Return what ``_prepared`` does for a module that keeps rows; its inputs have the rows before them, by name."""
+    _, lowered = lower_sizes(
+        model,
+        [Size(whole[0], whole), Size(example, [])],
+        margin_bits=1,
+        embedding="client-table",
+        functions=choose(),
+        weight=blurred,
+        told=told,
+    )
+    out, inputs = [Range() for _ in lowered.trace.primitives], list[dict[str, Tensor]]()
+    keeps = {i: p for i, p in enumerate(lowered.trace.primitives) if p.op == "keep"}
+    for text in counted(texts, told, "calibrating"):
+        shapes = {p.attrs["name"]: (*p.shape[:-2], p.attrs["rows"], p.shape[-1]) for p in keeps.values()}
+        kept = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        for filled, sample in enumerate(text):
+            given, new = lowered.inputs(sample), dict[str, Tensor]()
+
+            def look(i: int, value: Tensor, new: dict[str, Tensor] = new) -> None:
+                _widened(out[i], value)
+                if i in keeps:
+                    new[keeps[i].attrs["name"]] = value[..., -1:, :]
+
+            evaluate(lowered.trace, given, lowered.weights, look, kept=kept)
+            inputs.append({**given, **kept})
+            for name, row in new.items():
+                if filled < kept[name].shape[-2]:
+                    after = kept[name][..., filled + 1 :, :]
+                    kept[name] = torch.cat([kept[name][..., :filled, :], row, after], -2)
+    return lowered, inputs, out
+
+
+def _widened(known: Range, value: Tensor) -> None:
+    known.low, known.high = min(known.low, float(value.min())), max(known.high, float(value.max()))
 
 
 def blurred(name: str, weight: Tensor) -> Tensor:
@@ -338,32 +390,62 @@ def _watch(
         magnitude[i] = max(magnitude[i], float(np.abs(value).max()))
 
     deviation = np.zeros(len(timed.circuit.nodes))
+    conversed = bool(timed.circuit.rows)
     for number, sample in enumerate(inputs):
         slots = {k: at(sample[name].numpy().reshape(-1), c) for k, (name, c) in packed.views.items()}
+        slots |= {k: at(sample[name].numpy().reshape(-1) / u, c) for k, (name, c, u) in packed.kept.items()}
         clear(timed.circuit, slots, look)
-        if number < 2:
+        if conversed and number % (WATCHED // SIMULATED) == 0:
+            deviation = np.maximum(deviation, _simulated(timed, parameters, slots, number))
+        elif not conversed and number < 2:
             found = noise.errors(timed, parameters, slots)
             deviation = np.maximum(deviation, [v.max() for v in found])
     return _Watched(magnitude, deviation, timed.circuit.outputs)
+
+
+def _simulated(timed: Schedule, parameters: Parameters, slots: Mapping[str, Vector], seed: int) -> Array:
+    """Return standard deviations of all nodes of which ``noise.WORST`` are ROOM times the largest error of a run.
+
+    Rows that are kept have errors as large as that of the row which a first run keeps.
+    """
+    exact, found = list[NDArray[np.float32]](), np.zeros(len(timed.circuit.nodes))
+    clear(timed.circuit, slots, lambda i, value: exact.append(value.astype(np.float32)))
+
+    def look(i: int, value: Vector) -> None:
+        found[i] = np.abs(value - exact[i]).max()
+
+    noise.simulated(timed, parameters, slots, seed, look)
+    keeps = {node.name: i for i, node in enumerate(timed.circuit.nodes) if node.op == "keep"}
+    generator = np.random.default_rng(seed)
+    rows = {k: v + generator.uniform(-1, 1, len(v)) * found[keeps[k]] for k, v in slots.items() if k in keeps}
+    noise.simulated(timed, parameters, {**slots, **rows}, seed + 1, look)
+    return found * ROOM / noise.WORST
 
 
 def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]], told: Told) -> list[Range]:
     out = [Range() for _ in lowered.trace.primitives]
 
     def look(i: int, value: Tensor) -> None:
-        out[i].low = min(out[i].low, float(value.min()))
-        out[i].high = max(out[i].high, float(value.max()))
+        _widened(out[i], value)
 
     for sample in counted(inputs, told, "calibrating"):
         evaluate(lowered.trace, sample, lowered.weights, look)
     return out
 
 
-def _reach(lowered: Lowered, ranges: Sequence[Range], name: str) -> tuple[float, float]:
-    """Return the range allowed for an input: its calibrated range, with 5 % of room on both sides."""
-    i = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == name)
-    room = 0.05 * max(ranges[i].high - ranges[i].low, 1e-6)
-    return ranges[i].low - room, ranges[i].high + room
+def _reach(lowered: Lowered, ranges: Sequence[Range], name: str, *, every: bool = False) -> tuple[float, float]:
+    """Return the range allowed for an input: its calibrated range, with 5 % of room on both sides.
+
+    every: a text may have any token, whether calibration met it or not.
+    """
+    table = next(c.table for c in lowered.client_inputs if c.name == name)
+    if every and table:
+        low, high = float(lowered.weights[table].min()), float(lowered.weights[table].max())
+    else:
+        i = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == name)
+        low, high = ranges[i].low, ranges[i].high
+    room = 0.05 * max(high - low, 1e-6)
+    return low - room, high + room
 
 
 def _cube(lowered: Lowered, slots: int) -> Cube:

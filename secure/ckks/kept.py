@@ -17,7 +17,14 @@ from secure.ckks.program import CkksProgram
 from secure.errors import InvalidInput
 
 VECTORS = "plain-vectors"
-OPERANDS = {"input": (0, 0), "rotate": (1, 1), "refresh": (1, 0), "shift": (1, 1)}  # inputs and numbers of operations
+OPERANDS = {  # inputs and numbers of operations
+    "input": (0, 0),
+    "rotate": (1, 1),
+    "refresh": (1, 0),
+    "shift": (1, 1),
+    "kept": (0, 0),
+    "keep": (1, 1),
+}
 _ERRORS, _FORM = TypeAdapter(dict[str, float]), TypeAdapter(dict[str, Any])
 
 
@@ -88,5 +95,5 @@ def _is_operation(circuit: Circuit, index: int) -> bool:
         sound = inputs > 0 and inputs % 2 == 0 and numbers == 0
     else:
         sound = node.op in ("add", "dot") and inputs == numbers > 0
-    plains = node.numbers if node.op in ("shift", "dot") else ()
+    plains = node.numbers if node.op in ("shift", "dot", "keep") else ()
     return sound and all(0 <= i < index for i in node.inputs) and all(0 <= p < len(circuit.plains) for p in plains)

@@ -119,24 +119,45 @@ class Cube:
         order = (feature, token) if index[0] == "d" else (token, feature)
         return np.where(dense >= 0, (head * shape[1] + order[0]) * shape[2] + order[1], EMPTY)
 
+    def kept(self, shape: tuple[int, ...]) -> tuple[Content, Content]:
+        """Return the content of rows that are kept, (heads, rows, features), and the row of each slot, -1 for none.
+
+        It is that in which attention reads them. Several heads of queries may have keys and values in common.
+        """
+        heads, rows, features = shape
+        content, number = list[Content](), list[Content]()
+        for group in range(self.head_groups):
+            for keys in range(self.key_groups):
+                head, row = self.axes["h"] + group * self.h, self.axes["u"] + keys * self.u
+                own, feature = head * heads // self.heads, self.axes["d"]
+                inside = (head < self.heads) & (row < rows) & (feature < features)
+                content.append(np.where(inside, (own * rows + row) * features + feature, EMPTY))
+                number.append(np.where(inside, row, EMPTY))
+        return np.stack(content), np.stack(number)
+
     def natural(self, shape: tuple[int, ...]) -> Content:
-        """Return the default content of a tensor: tokens by features, of all heads together or of every head."""
+        """Return the default content of a tensor: tokens by features, of all heads together or of every head.
+
+        With one token everything is a row of features.
+        """
         rows, heads = int(np.prod(shape[:-1])), int(np.prod(shape[:-2]))
         if rows not in (1, self.t) and heads == self.heads and shape[-2] == self.t and shape[-1] <= self.d:
             return self.once("td", (heads, *shape[-2:]))
-        return self.dense(rows, shape[-1])
+        return self.dense(1, int(np.prod(shape))) if self.t == 1 else self.dense(rows, shape[-1])
 
     def dense(self, rows: int, features: int) -> Content:
         """Return the content of a matrix (rows, features).
 
-        Rows lie along t; features along d, then h, then u, then further ciphertexts. Raises DoesNotPack.
+        Rows lie along t; features along d, then h, then u, then further ciphertexts. The features of a single token
+        repeat with the next power of two, so that maps between them take offsets which are cyclic. Raises DoesNotPack.
         """
         if rows not in (1, self.t):
             raise DoesNotPack(f"{rows} rows of {features} features among {self.t} tokens")
         axes = self.axes
         each = self.d * self.h * self.u
-        period = np.arange(self.slots) < each * self.t
+        period = (np.arange(self.slots) < each * self.t) | (self.t == 1)
         place = (axes["u"] * self.h + axes["h"]) * self.d + axes["d"]
+        place = place % power_of_two(features) if self.t == 1 else place
         out = []
         for part in range(-(-features // each)):
             feature = place + part * each
@@ -214,6 +235,15 @@ def repeated(content: Content, stride: int, size: int) -> bool:
 def first_only(content: Content, stride: int, size: int) -> Content:
     """Return the content with all slots empty except for the first place on this axis."""
     return np.where(np.arange(content.shape[-1]) // stride % size == 0, content, EMPTY)
+
+
+def once(content: Content) -> Content:
+    """Return the content with all places of an element empty but the first."""
+    flat = content.reshape(-1)
+    _, first = np.unique(flat, return_index=True)
+    out = np.full(flat.shape, EMPTY)
+    out[first] = flat[first]
+    return out.reshape(content.shape)
 
 
 def at(flat: NDArray[np.float64], content: Content) -> NDArray[np.float64]:

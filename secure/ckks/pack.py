@@ -8,8 +8,9 @@ factor is part of the matrix and costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.polynomial import Chebyshev
@@ -18,7 +19,7 @@ from scipy import sparse
 from protocols.ckks import diagonals as linear
 from protocols.ckks import polynomial
 from protocols.ckks.circuit import Circuit
-from secure.ckks.layout import EMPTY, Content, Cube, at, diagonals, first_only, power_of_two, repeated
+from secure.ckks.layout import EMPTY, Content, Cube, at, diagonals, first_only, once, power_of_two, repeated
 from secure.ckks.linear_maps import Affine, Array, Matrix, column_sums, selection
 from secure.ckks.polynomials import Range, chains, needed, pure_power, units
 from secure.ckks.rules import Chain
@@ -50,6 +51,7 @@ class PackedModel:
 
     circuit: Circuit
     views: dict[str, tuple[str, Content]]  # input of the circuit: input of the trace, content (one row)
+    kept: dict[str, tuple[str, Content, float]]  # rows that are kept: their name in the trace, content, unit
     output: Content
     output_unit: float
 
@@ -68,6 +70,7 @@ class Packer:
         self.circuit, self.settle = Circuit(cube.slots), settle
         self.atoms: list[Atom] = []
         self.views: dict[str, tuple[str, Content]] = {}
+        self.kept: dict[str, tuple[str, Content, float]] = {}
         self.values: dict[int, Affine] = {}
         self.input_names: dict[int, str] = {}
         self.chains = chains(trace)
@@ -81,13 +84,13 @@ class Packer:
             if self.needed[i] or i == output:
                 self.values[i] = self._value(i, p)
                 self.circuit.mark()
-        value = self.values[output]
+        value, cube = self.values[output], self.cube
         rows = int(np.prod(value.shape[:-1]))
-        content = self.cube.dense(rows, value.shape[-1])
+        content = once(cube.dense(rows, value.shape[-1]))
         unit = self.ranges[output].magnitude
         # always through diagonals, as these are zero in slots that hold no element of the output
         self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
-        return PackedModel(self.circuit, self.views, content, unit)
+        return PackedModel(self.circuit, self.views, self.kept, content, unit)
 
     def _unit(self, i: int) -> float:
         return self.units.get(i, self.ranges[i].magnitude)
@@ -105,12 +108,16 @@ class Packer:
             return self._product(i, p)
         if p.op == "matmul":
             return self._matmul(i, p)
+        if p.op == "keep" and p.attrs["rows"]:
+            return self._keep(p)
         operands = [self.values[x] for x in p.inputs]
         if p.op == "sum" and (summed := self._sum_of_scores(p, operands[0])) is not None:
             return summed
         value = linear_rule(p, operands, self.weights.get(p.attrs.get("weight", "")))
-        if self.settle and p.op == "add" and len(value.terms) >= SETTLED and len(value.shape) > 1:
-            content = self.cube.dense(int(np.prod(value.shape[:-1])), value.shape[-1])
+        rows, t = int(np.prod(value.shape[:-1])), self.cube.t
+        residual = len(value.terms) >= SETTLED if t > 1 else len(value.terms) > 1 and rows == t
+        if self.settle and p.op == "add" and residual and len(value.shape) > 1:
+            content = self.cube.dense(rows, value.shape[-1])
             nodes, unit = self._materialized(value, content, self._unit(i), content)
             value = self._atom(value.shape, nodes, content, unit)
         return value
@@ -121,10 +128,31 @@ class Packer:
         self.atoms.append(Atom(shape, nodes, content, kind))
         return Affine.atom(len(self.atoms) - 1, shape).scaled(factor)
 
+    def _keep(self, p: Primitive) -> Affine:
+        """Keep a new row where attention will read it, and put the rows that earlier queries kept before it."""
+        new, unit = self.values[p.inputs[0]], self.ranges[p.inputs[0]].magnitude
+        (*_, heads, rows, features), name = p.shape, p.attrs["name"]
+        rows -= 1
+        self._check(p, math.prod(new.shape) == heads * features and rows < self.cube.keys)
+        self._check(p, not self.cube.heads % heads and features <= self.cube.d)
+        content, numbers = self.cube.kept((heads, rows, features))
+        nodes = list[int]()
+        for k, (row, number) in enumerate(zip(content, numbers, strict=True)):
+            each = f"kept/{name}/{k}"
+            self.kept[each] = name, row, unit
+            nodes.append(self.circuit.kept(each))
+            repeated = np.where(row >= 0, row // (rows * features) * features + row % features, EMPTY)
+            self.circuit.keep(self._route(new.scaled(1 / unit), repeated), each, number.astype(np.float64))
+        before = self._atom((*p.shape[:-2], rows, features), nodes, content, unit)
+        return linear_rule(replace(p, op="cat", attrs={"dim": len(p.shape) - 2}), [before, new], None)
+
     def _polynomial(self, i: int, chain: Chain) -> Affine:
         value, known = self.values[chain.root], self.ranges[chain.root]
         content, kind = self._own_content(value)
         nodes, unit = self._materialized(value, content, self._unit(chain.root))
+        if unit > 2 * self._unit(chain.root):  # of so small numbers coefficients would be large, and cancel each other
+            unit = self._unit(chain.root)
+            nodes = [self._route(value.scaled(1 / unit), row) for row in content]
         shape = self.trace.primitives[i].shape
         pure = pure_power(chain, known)
         if pure is not None:
@@ -174,12 +202,13 @@ class Packer:
 
     def _matmul(self, i: int, p: Primitive) -> Affine:
         left, right = (self.values[x] for x in p.inputs)
-        if left.shape[-2] == 1:
-            return self._weighted_sum(i, p, left, right)
         heads, rows, inner = int(np.prod(left.shape[:-2])), left.shape[-2], left.shape[-1]
         columns, cube, c = right.shape[-1], self.cube, self.circuit
-        only = left.only
-        if only is not None and self.atoms[only[0]].kind == "tu":  # scores times values
+        scores = left.only is not None and self.atoms[left.only[0]].kind == "tu"
+        attends = scores or (cube.t == 1 and columns == cube.keys and heads == cube.heads)  # a single token does
+        if rows == 1 and not attends:
+            return self._weighted_sum(i, p, left, right)
+        if scores:  # times values
             self._check(p, rows == cube.t and inner == cube.keys and columns <= cube.d and heads == cube.heads)
             content = cube.attention("tu", (heads, rows, inner))
             x, a = self._materialized(left, content, self._unit(p.inputs[0]))
@@ -206,7 +235,8 @@ class Packer:
         """Multiply scores by one secret weight per key and sum over keys, by rotations that are right in every slot."""
         cube, c, shape = self.cube, self.circuit, (*p.shape[:-1], right.shape[-2])
         keys = np.broadcast_to(np.swapaxes(right.positions(), -1, -2), shape)
-        y, b = self._materialized(right.select(keys, shape), content, self._unit(i) / a)
+        b = self._unit(i) / a  # the product has the unit that its reader asks for, which inputs take at no level
+        y = [self._route(right.select(keys, shape).scaled(1 / b), row) for row in content]
         nodes = []
         for group in range(cube.head_groups):
             part = range(group * cube.key_groups, (group + 1) * cube.key_groups)
@@ -321,7 +351,7 @@ class Packer:
 
     def _sources(self, number: int, matrix: Matrix, row: Content) -> list[tuple[list[int], Content, Matrix]]:
         atom = self.atoms[number]
-        pooled = self._pooled(atom, matrix)
+        pooled = self._totalled(atom, matrix) if self.cube.t == 1 else self._pooled(atom, matrix)
         if pooled is not None:
             return [pooled]
         if number in self.input_names:
@@ -332,7 +362,7 @@ class Packer:
     def _pooled(self, atom: Atom, matrix: Matrix) -> tuple[list[int], Content, Matrix] | None:
         """If all tokens have the same weight, sum them by rotations, so that a map of one token remains; else None."""
         t = self.cube.t
-        if t == 1 or not atom.nodes or matrix.nnz < matrix.shape[0] * t:
+        if not atom.nodes or matrix.nnz < matrix.shape[0] * t:
             return None
         base = first_only(atom.content, 1, t)
         used = np.flatnonzero(np.diff(sparse.csc_array(matrix).indptr))
@@ -357,6 +387,21 @@ class Packer:
         first_of = np.zeros(matrix.shape[1])
         first_of[group[:, 0]] = 1.0
         return nodes, base[kept], sparse.csr_array(matrix @ sparse.diags_array(first_of))
+
+    def _totalled(self, atom: Atom, matrix: Matrix) -> tuple[list[int], Content, Matrix] | None:
+        """If all features of a token have the same weight, sum them by rotations into every slot; else None."""
+        cube, size, rows = self.cube, matrix.shape[1], sparse.csr_array(matrix)
+        whole = len(atom.nodes) == 1 and size == power_of_two(size) and size >= cube.d * cube.h > 1
+        if not whole or rows.nnz != rows.shape[0] * size or bool((atom.content != cube.dense(1, size)).any()):
+            return None
+        each = rows.toarray()
+        if np.ptp(each, axis=1).max() > 1e-12:
+            return None
+        node = atom.nodes[0]
+        for stride, count in ((cube.strides["d"], cube.d), (1, size // cube.d)):  # h, and u behind it, are cyclic too
+            node = linear.sum_axis(self.circuit, node, stride, count)
+        first = np.where(np.arange(size) == 0, each, 0.0)
+        return [node], np.zeros_like(atom.content), sparse.csr_array(first)
 
     def _views(self, number: int, matrix: Matrix, row: Content) -> list[int]:
         """Return the client's ciphertexts of an input that serve a map, after adding missing ones.

@@ -165,4 +165,4 @@ def pack_batch(
 
     views = {name: (source, content(sizes[source], k)) for name, (source, k) in packer.inputs.items()}
     results = math.prod(trace.primitives[output].shape)
-    return PackedModel(circuit, views, np.stack([content(results, k) for k in range(results)]), unit)
+    return PackedModel(circuit, views, {}, np.stack([content(results, k) for k in range(results)]), unit)

@@ -58,6 +58,7 @@ class CkksProgram:
     views: for each ciphertext that the client sends, the input it is made from, its level, and the element that each
     slot holds. refreshes: for each stage, the level of every ciphertext that the client sends back.
     reserve: the level at which masked ciphertexts are sent to the client; its modulus hides the message.
+    rows: those of earlier queries that a query reads, of a model that keeps rows; the conversation may have one more.
     """
 
     parameters: Parameters
@@ -74,6 +75,7 @@ class CkksProgram:
     grain: float  # answers are rounded to multiples of it; further digits are noise, which depends on keys and weights
     counts: Mapping[str, int]
     labels: Mapping[str, str]
+    rows: int = 0
 
     def __post_init__(self) -> None:
         """Put the views in the order of their names, which is that of the encoding, as ciphertexts travel in it."""
@@ -99,6 +101,8 @@ class CkksProgram:
             "counts": dict(self.counts),
             "labels": dict(self.labels),
         }
+        if self.rows:
+            document["rows"] = self.rows
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @cached_property
@@ -135,6 +139,7 @@ class CkksProgram:
                 grain=float(d["grain"]),
                 counts={str(k): int(v) for k, v in d["counts"].items()},
                 labels={str(k): str(v) for k, v in d["labels"].items()},
+                rows=int(d.get("rows", 0)),
             )
             program.check()
             _ = program.digest  # encodes, which fails for numbers that JSON cannot write
@@ -192,6 +197,16 @@ class CkksProgram:
     def rounds(self) -> int:
         """The messages that wait for one another: the query, and one for each refresh."""
         return 1 + len(self.refreshes)
+
+    @property
+    def input_levels(self) -> list[int]:
+        """The levels of the ciphertexts of a query's inputs, in their order."""
+        return [level for _, level, _ in self.views.values()]
+
+    @property
+    def publishes(self) -> bool:
+        """False: the positions of tokens are encrypted, as all inputs are."""
+        return False
 
     @property
     def key_bytes(self) -> int:
@@ -312,6 +327,7 @@ class _CkksForm:
     grain: Real
     counts: Annotated[dict[Name, Tally], Field(max_length=MAXIMUM_INPUTS)]
     labels: Labels
+    rows: Whole = 0
 
 
 _DOCUMENT = TypeAdapter(_CkksForm)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from protocols.ckks.circuit import Vector, clear
-from protocols.ckks.evaluate import EncodedWeights, evaluate
+from protocols.ckks.evaluate import EncodedWeights, KeptRows, evaluate
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks import compile as ckks
 from secure.ckks import kept
@@ -50,7 +50,7 @@ from secure.lowering.client_inputs import check_tables, table_shapes
 from secure.models.tokens import TextTokenizer
 from secure.mpc.network import NetworkSpeed
 from secure.progress import Told, silent
-from secure.session.link import Link, Report, only
+from secure.session.link import Ahead, Link, Report, only
 from secure.tasks.digits import is_digits, layers_of, prepared, untrained
 from secure.tasks.embed import Embed
 
@@ -112,16 +112,41 @@ class Ckks(Deployment):
         labels: Mapping[str, str],
         told: Told = silent,
     ) -> ckks.CkksModel:
+        return self._encrypted(
+            model, samples[0], options, labels, told, calibration=samples[1:], batch=int(labels.get("batch", 1))
+        )
+
+    def build_step(
+        self,
+        model: nn.Module,
+        example: Mapping[str, Tensor],
+        whole: Sequence[Mapping[str, Tensor]],
+        texts: Sequence[Sequence[Mapping[str, Tensor]]],
+        options: CompileOptions,
+        labels: Mapping[str, str],
+        told: Told = silent,
+    ) -> ckks.CkksModel:
+        """Compile one step of a decoder, by which prompts are read too. whole, texts: see ``encrypt``."""
+        return self._encrypted(model, example, options, labels, told, calibration=whole, texts=texts)
+
+    def _encrypted(
+        self,
+        model: nn.Module,
+        example: Mapping[str, Tensor],
+        options: CompileOptions,
+        labels: Mapping[str, str],
+        told: Told,
+        **given: Any,
+    ) -> ckks.CkksModel:
         return ckks.encrypt(
             model,
-            samples[0],
-            calibration=samples[1:],
+            example,
             mode="refresh" if self.refresh else "pure",
             precision_bits=self.precision,
             token_table=options.embedding == CLIENT_TABLE,
-            batch=int(labels.get("batch", 1)),
             labels=labels,
             told=told,
+            **given,
         )
 
     def keep(self, model: ckks.CkksModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -135,13 +160,16 @@ class Ckks(Deployment):
         return kept.restore(public, held, facts, tensors)
 
     def cost(self, model: ckks.CkksModel) -> Cost:
-        program = model.program
+        return replace(self.price(model.program), error=model.predicted_error)
+
+    def price(self, program: CkksProgram) -> Cost:
+        """Count what a query of a Program takes, and its keys once."""
         traffic = (
             Traffic(CLIENT, SERVER, program.key_bytes, ONCE),
             Traffic(CLIENT, SERVER, program.to_server, ONLINE),
             Traffic(SERVER, CLIENT, program.to_client, ONLINE),
         )
-        return Cost(program.rounds, traffic, error=model.predicted_error)
+        return Cost(program.rounds, traffic)
 
     def outline(
         self, model: str, length: int, options: CompileOptions, *, polynomial: bool = False, batch: int = 1
@@ -213,10 +241,26 @@ class CkksInProcess(Link):
         self._weights.prepare()
 
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Vector], Report]:
+        return self.go_on(self.converse(0), values, number)
+
+    def converse(self, capacity: int) -> KeptRows:
+        return KeptRows()
+
+    def go_on(
+        self,
+        conversation: Any,
+        values: Mapping[str, Any],
+        number: int,
+        *,
+        rows: int | None = None,
+        ahead: Ahead | None = None,
+    ) -> tuple[Sequence[Vector], Report]:
+        assert isinstance(conversation, KeptRows)
+        assert rows in (None, conversation.filled)
         start = time.perf_counter()
         exchange = ClientQuery(self.program, self._client)
         inputs = dict(zip(self.program.views, exchange.inputs(values), strict=True))
-        running, answers = evaluate(self._weights, self._keys, inputs), list[bytes]()
+        running, answers = evaluate(self._weights, self._keys, inputs, kept=conversation), list[bytes]()
         while True:
             try:
                 masked = running.send(answers) if answers else next(running)

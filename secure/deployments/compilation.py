@@ -84,7 +84,7 @@ class Compilation:
         self.check()  # before anything takes long
         if self.loader.name == GENERATE:
             loaded = self.loader.load(self.model, 0, (), told)
-            lengths, capacity = sizes_of_generator(self.lengths, self.capacity)
+            lengths, capacity = sizes_of_generator(self.lengths, self.capacity, self.deployment)
             texts: Sequence[Sequence[int] | str] = ()
             if self.sentences:
                 texts = [*written(loaded.module, capacity, told), *self.sentences]
@@ -123,7 +123,7 @@ class Compilation:
         if self.batches != (1,):
             raise InvalidInput(f"--batch means nothing for {self.model}", "a text is written alone")
         self.accept.of(TOKENS)
-        sizes = sizes_of_generator(self.lengths, self.capacity)
+        sizes = sizes_of_generator(self.lengths, self.capacity, self.deployment)
         check_generator(self.deployment, self.options, *sizes, self.temperature, self.draft_length)
 
     def depends_on(self) -> dict[str, Any]:

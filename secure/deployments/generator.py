@@ -21,6 +21,7 @@ from torch import nn
 
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.circuits import CircuitDeployment
+from secure.deployments.ckks import Ckks
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.deployments.two_party import TwoParty
@@ -32,8 +33,10 @@ from secure.models.checkpoints import quiet_transformers
 from secure.models.decoder import (
     DRAFT_LENGTH,
     MOST_DRAFTED,
+    STEPWISE,
     TEMPERATURE,
     Decoder,
+    ScoringDecoder,
     at_temperature,
     looks_positions_up,
     most_positions,
@@ -44,6 +47,7 @@ from secure.models.decoder import (
 from secure.models.settings import TOKEN, TaskSettings, WritingSettings
 from secure.models.tokenizer_document import TOKENIZER, tokenizer_digest
 from secure.models.tokens import TextTokenizer
+from secure.polynomial.forms import forms
 from secure.progress import Told, silent
 from secure.session.link import MAXIMUM_LENGTHS
 from secure.tasks.closeness import ScoreError
@@ -54,6 +58,9 @@ TEXTS = 8
 """Texts that a decoder writes itself, to calibrate with, if none are given."""
 
 PROMPT, CAPACITY = 32, 256
+
+STEPWISE_CAPACITY = 32
+"""The capacity by default where a prompt is read token by token, in seconds each."""
 
 TOKENS = ScoreError(TaskSettings(TOKEN))
 """The measure by which tokens are compared."""
@@ -93,11 +100,15 @@ def compile_generator(
     client's draft guesses; 0 for none. Other arguments are those of ``secure.compile``.
 
     The Programs compute the token that the model finds most likely next, or a sample (``secure.sample``). The client
-    learns it, and nobody else; nobody learns a score. Raises InvalidInput for a model that is no decoder, or has no
-    room for so many tokens; for a directory without a tokenizer or with one that clients do not run; and what
-    ``secure.compile`` raises.
+    learns it, and nobody else; nobody learns a score. Under ``Ckks`` there is one Program, of a step, by which prompts
+    of any length are read as well: ``prompt`` means nothing, the capacity is a power of two, and the client learns the
+    scores of all tokens, so that it chooses at whatever temperature it likes. Raises InvalidInput for a model that is
+    no decoder, or has no room for so many tokens; for a directory without a tokenizer or with one that clients do not
+    run; and what ``secure.compile`` raises.
     """
     lengths = (prompt,) if isinstance(prompt, int) else tuple(prompt)
+    if isinstance(deployment, Ckks) and lengths == (PROMPT,):
+        lengths, capacity = sizes_of_generator((), 0 if capacity == CAPACITY else capacity, deployment)
     deployment, options = (
         deployment or TwoParty(),
         CompileOptions(embedding, gelu, approximations, fixed_point, network, checked=checked),
@@ -113,8 +124,12 @@ def compile_generator(
     return build_generator(*given, temperature=temperature, draft_length=draft_length)
 
 
-def sizes_of_generator(lengths: Sequence[int], capacity: int) -> tuple[tuple[int, ...], int]:
-    """Return lengths of prompts and a capacity, where none of them and 0 stand for the defaults."""
+def sizes_of_generator(
+    lengths: Sequence[int], capacity: int, deployment: Deployment | None = None
+) -> tuple[tuple[int, ...], int]:
+    """Return lengths of prompts and a capacity, where none of them and 0 stand for the defaults of a deployment."""
+    if isinstance(deployment, Ckks):
+        return tuple(lengths), capacity or STEPWISE_CAPACITY
     lengths = tuple(lengths) or (min(PROMPT, max(2, capacity // 2)) if capacity else PROMPT,)
     return lengths, capacity or max(CAPACITY, *(2 * length for length in lengths))
 
@@ -130,6 +145,9 @@ def check_generator(
     """Raise InvalidInput for a deployment, options, sizes or a greatest temperature that no generator can have."""
     if temperature is not None and not 0 < temperature < math.inf:
         raise InvalidInput(f"a temperature of {temperature} at most", "a number above zero, or None for no samples")
+    if isinstance(deployment, Ckks):
+        _check_stepwise(deployment, options, lengths, capacity, temperature, draft_length)
+        return
     if not isinstance(deployment, CircuitDeployment):
         raise InvalidInput(f"{deployment.name} does not generate text", "deploy by secret sharing: TwoParty()")
     if options.answer_bits is not None:
@@ -152,6 +170,8 @@ def build_generator(
 ) -> Compiled:
     """Compile a model that ``Generate`` has loaded; see ``compile_generator``."""
     check_generator(deployment, options, lengths, capacity, temperature, draft_length)
+    if isinstance(deployment, Ckks):
+        return _build_stepwise(loaded, deployment, options, capacity, calibration, told)
     assert isinstance(deployment, CircuitDeployment)  # as was just checked
     buckets, model = sorted({*lengths}, reverse=True), loaded.module
     _check_model(model, capacity)
@@ -161,12 +181,9 @@ def build_generator(
     _check_texts(texts, known)
     samples, firsts = _samples(texts, capacity, places=places)
     samples = [at_temperature(each, temperature) for each in samples]
-    labels = {**loaded.labels, MOST_ROWS: str(capacity), "vocabulary": str(known)}
-    labels |= {"model": loaded.name} if loaded.name else {}
+    labels = _labels(loaded, capacity, known)
     labels |= {} if temperature is None else {TEMPERATURE: repr(float(temperature))}
     labels |= {DRAFT_LENGTH: str(draft_length)} if draft_length else {}
-    if (found := loaded.tokenizer) is not None and loaded.tokenizer_json:
-        labels[TOKENIZER] = tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)
     sizes: list[tuple[Size, Mapping[str, str] | None]] = [(Size(samples[0], samples), None)]
     for bucket in buckets:
         example = at_temperature(prompt_inputs([0] * bucket, bucket, places=places), temperature)
@@ -182,6 +199,49 @@ def build_generator(
     about = loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now
     first, *others = [Compiled(deployment, each, *about) for each in made]
     return replace(first, others=tuple(others))
+
+
+def _labels(loaded: Loaded, capacity: int, known: int) -> dict[str, str]:
+    """Return the labels that all Programs of a model have."""
+    labels = {**loaded.labels, MOST_ROWS: str(capacity), "vocabulary": str(known)}
+    labels |= {"model": loaded.name} if loaded.name else {}
+    if (found := loaded.tokenizer) is not None and loaded.tokenizer_json:
+        labels[TOKENIZER] = tokenizer_digest(loaded.tokenizer_json, found.pad_id, found.lowercase)
+    return labels
+
+
+def _build_stepwise(
+    loaded: Loaded,
+    deployment: Ckks,
+    options: CompileOptions,
+    capacity: int,
+    calibration: Sequence[Sequence[int] | str],
+    told: Told,
+) -> Compiled:
+    """Compile the step by which a model reads prompts and writes. It reads all rows of its capacity but its own."""
+    model = loaded.module
+    _check_model(model, capacity)
+    if not any(forms(model)):
+        raise InvalidInput(
+            f"{type(model).__name__} compares values, and ciphertexts have no comparison",
+            "unseen train puts it into polynomial form",
+        )
+    texts = [list(text)[:capacity] for text in _token_ids(calibration, loaded.tokenizer)]
+    texts = texts or written(model, capacity, told)
+    _check_texts(texts, known := vocabulary(model))
+    whole = [text for text in texts if len(text) == capacity] or written(model, capacity, told)
+    rows = capacity - 1
+    made = deployment.build_step(
+        ScoringDecoder(model),
+        step_inputs([0], 0, 0, rows),
+        [prompt_inputs(text, capacity) for text in whole],
+        [[step_inputs([token], 0, filled, rows) for filled, token in enumerate(text)] for text in texts],
+        options,
+        {**_labels(loaded, capacity, known), STEPWISE: "scores", "length": "1"},
+        told,
+    )
+    now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return Compiled(deployment, made, loaded.tokenizer, loaded.tokenizer_json, options, loaded.about, now)
 
 
 def held_out_texts(
@@ -260,6 +320,38 @@ def _samples(
     cut = [list(text)[:length] for text in texts]
     cut.append(cut[0][: max(1, length // 2)])
     return [prompt_inputs(text, length, places=places) for text in cut], [length - len(text) + 1 for text in cut]
+
+
+def _check_stepwise(
+    deployment: Ckks,
+    options: CompileOptions,
+    lengths: Sequence[int],
+    capacity: int,
+    temperature: float | None,
+    draft_length: int,
+) -> None:
+    """Raise InvalidInput for what a deployment has no use of that reads prompts token by token."""
+    if lengths:
+        raise InvalidInput(
+            f"under {deployment.name} prompts are read token by token", "leave the length of prompts (--length) out"
+        )
+    if temperature is not None:
+        raise InvalidInput(
+            f"under {deployment.name} clients learn scores, and draw tokens at any temperature",
+            "leave --temperature out",
+        )
+    if draft_length:
+        raise InvalidInput(f"{deployment.name} takes one token at a time", "leave --draft-length out")
+    if options.answer_bits is not None:
+        raise InvalidInput("answer_bits mean nothing for a model that generates text", "its answers are tokens")
+    if not deployment.refresh:
+        raise InvalidInput(
+            f"under {deployment.name} a text takes refreshes, also of what is kept",
+            "--refresh (secure.Ckks(refresh=True))",
+        )
+    if capacity < 2 or capacity & (capacity - 1):
+        raise InvalidInput(f"a capacity of {capacity} tokens", "a power of two, as ciphertexts sum by doubling")
+    deployment.check(options, tokens=True)
 
 
 def _check_sizes(buckets: Sequence[int], capacity: int, draft_length: int) -> None:

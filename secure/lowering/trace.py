@@ -285,10 +285,12 @@ def evaluate(
     weights: Mapping[str, Tensor],
     observe: Callable[[int, Tensor], None] | None = None,
     outputs: Sequence[int] = (),
+    kept: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
     """Evaluate a trace in floating point and return the values of ``outputs`` (positions in the trace).
 
-    ``observe`` is called with every primitive's position and value.
+    ``observe`` is called with every primitive's position and value. kept: the rows that earlier queries kept, by name;
+    zeros by default.
     """
     last = {i: index for index, p in enumerate(trace.primitives) for i in p.inputs}
     last |= dict.fromkeys(outputs, len(trace.primitives))
@@ -296,6 +298,8 @@ def evaluate(
     for index, p in enumerate(trace.primitives):
         if p.op == "input":
             value = inputs[p.attrs["name"]]
+        elif p.op == "keep" and kept is not None:
+            value = torch.cat([kept[p.attrs["name"]], values[p.inputs[0]]], -2)
         else:
             value = meaning(p).evaluate(p, weights, [values[i] for i in p.inputs])
         values[index] = value

@@ -26,6 +26,9 @@ TOKENS, MASK, TEMPERATURE = "input_ids", "attention_mask", "temperature"
 DRAFT_LENGTH = "draft_length"
 """The label of Programs that write text by which they have a pass over so many tokens, the last one and drafts."""
 
+STEPWISE = "stepwise"
+"""The label of Programs that read a prompt token by token, as they write, and tell the client the scores of tokens."""
+
 MOST_DRAFTED = 16
 """The most tokens of a pass."""
 
@@ -56,9 +59,10 @@ class Decoder(nn.Module):
     are earlier rows (1, n), the token after each of those that are given, from the text up to it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, padded: bool = True) -> None:
+        """padded: some of the tokens may be padding."""
         super().__init__()
-        self.model = model
+        self.model, self.padded = model, padded
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, temperature: Tensor | None = None
@@ -74,7 +78,7 @@ class Decoder(nn.Module):
         attention_mask = attention_mask.to(model.dtype)  # of a mapped checkpoint, its own
         rows = attention_mask.shape[-1] - input_ids.shape[-1]
         own = None  # of a model in polynomial form: which of these tokens are no padding, as the last row of masks says
-        if any(forms(self.model)):
+        if self.padded and any(forms(self.model)):
             own = seen_keys(attention_mask[..., -1:, rows:], model.dtype).transpose(-1, -2)
         count, head = input_ids.shape[-1] if rows else 1, model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, given: (last_rows_operation(given[0], count), *given[1:]))
@@ -90,6 +94,21 @@ class Decoder(nn.Module):
         finally:
             hook.remove()
         return found.logits, None
+
+
+class ScoringDecoder(Decoder):
+    """A decoder that returns the scores of the next token: (1, 1, vocabulary) behind a prompt or a step.
+
+    None of its tokens is padding.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, padded=False)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, temperature: Tensor | None = None
+    ) -> Tensor:
+        return self.scored(input_ids, position_ids, attention_mask)[0]
 
 
 def prompt_inputs(prompt: Sequence[int], bucket: int, *, pad: int = 0, places: bool = True) -> dict[str, Tensor]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import operator
 import re
+import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from secure.errors import DealerError, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.lowering.client_inputs import MOST_ROWS
 from secure.models.chat import check_messages, rendered
-from secure.models.decoder import DRAFT_LENGTH, MOST_DRAFTED, TEMPERATURE
+from secure.models.decoder import DRAFT_LENGTH, MOST_DRAFTED, STEPWISE, TEMPERATURE
 from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.draft import Draft, load_draft
 from secure.models.settings import WritingSettings, settings_of
@@ -34,7 +38,8 @@ class Sizes:
     """The sizes of a model that writes text: of its prompts, the shortest first, of one more token, and of a pass.
 
     verify: the pass over a token and drafts of those behind it; None if the model has none. capacity: the rows that a
-    conversation takes. vocabulary: the tokens that the model knows.
+    conversation takes. vocabulary: the tokens that the model knows. Without sizes for prompts a step reads each of
+    their tokens, and tells the scores of the next one.
     """
 
     prompts: tuple[Offer, ...]
@@ -52,12 +57,29 @@ class Sizes:
         step, verify = by_length.pop(1, None), by_length.pop(drafted, None) if drafted > 1 else None
         verify = verify if drafted <= MOST_DRAFTED else None  # a client guesses so many tokens for it
         prompts = tuple(offer for length, offer in by_length.items() if length)
-        if step is None or not prompts or not capacity or not known:
+        stepwise = labels.get(STEPWISE) is not None and not prompts
+        if step is None or not (prompts or stepwise) or not capacity or not known:
             raise InvalidProgram(
                 "this session has no Programs for a prompt and a step\n"
                 "hint: if one Program is pinned (--program-digest), pin all the model's by their digest together"
             )
         return cls(prompts, step, verify, capacity, known)
+
+    def check_steps(self, prompt: Sequence[int], count: int) -> None:
+        """Check a prompt that is read token by token, and ``count`` tokens behind it. Raises InvalidInput."""
+        if count < 1:
+            raise InvalidInput(f"{count} new tokens", "1 or more")
+        if not len(prompt):
+            raise InvalidInput("the prompt has no token", "begin with the token that begins a text")
+        if not all(0 <= token < self.vocabulary for token in prompt):
+            raise InvalidInput(
+                f"a token id is outside 0..{self.vocabulary - 1}", "use the tokenizer that belongs to the model"
+            )
+        if (steps := len(prompt) + count - 1) > self.capacity:
+            raise InputTooLong(
+                f"{count} new tokens after a prompt of {len(prompt)} take {steps} steps",
+                f"{self.capacity} at most; shorten the prompt, or compile with a greater capacity",
+            )
 
 
 @dataclass(frozen=True)
@@ -185,7 +207,18 @@ def sizes_for(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequen
 def room(offers: Sequence[Offer], labels: Mapping[str, str]) -> int:
     """Return the number of tokens for which there is room after any prompt. Raises InvalidProgram if there is none."""
     sizes = Sizes.of(offers, labels)
+    if not sizes.prompts:  # half of it is left to the prompt
+        return max(1, sizes.capacity // 2)
     return max(1, sizes.capacity - sizes.prompts[-1].length + 1)
+
+
+def chosen(scores: Tensor, temperature: float) -> int:
+    """Choose a token by its scores: the most likely one, or at a temperature a sample that nobody can predict."""
+    if not temperature:
+        return int(scores.argmax())
+    shares = torch.softmax(scores.to(torch.float64) / temperature, -1).cumsum(-1)
+    drawn = secrets.randbits(53) / 2.0**53
+    return min(int((shares <= drawn * shares[-1]).sum()), len(scores) - 1)
 
 
 @dataclass(frozen=True)

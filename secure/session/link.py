@@ -173,6 +173,9 @@ class Link(ABC):
         """
         raise NotImplementedError
 
+    def leave(self, conversation: Any) -> None:  # noqa: B027 - most deployments keep nothing that has to be released
+        """End a conversation: no query goes on with it."""
+
     def beside(self, program_digest: str) -> Link:
         """Open a link to another Program of the same model, whose queries go on with conversations of this one.
 

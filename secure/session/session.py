@@ -68,7 +68,9 @@ from secure.models.tokens import REFUSE, TRUNCATE
 from secure.session.generation import (
     Generation,
     Prepared,
+    Sizes,
     Wanted,
+    chosen,
     drafting,
     room,
     sizes_for,
@@ -613,12 +615,65 @@ class Session:
         Generate().fits(self.served)
         labels = self.program.labels
         asked = wanted(prompt, stop, labels, self._link.tokenizer, ignore_end=ignore_end)
+        sizes = Sizes.of(self._links.offers, labels)
+        if not sizes.prompts:
+            drafting(draft, self._links.offers, labels, self._link.tokenizer, hidden=hide_length)
+            if not 0 <= temperature < math.inf:
+                raise InvalidInput(f"a temperature of {temperature}", "0 or more")
+            if not asked.in_text:
+                sizes.check_steps(asked.ids(0), max_new_tokens)
+            stepped = partial(
+                self._stepped, asked, sizes=sizes, count=max_new_tokens, hidden=hide_length, temperature=temperature
+            )
+            return Generation(stepped, in_text=asked.in_text)
         # what is wrong with numbers shows at once; what a server's tokenizer says of a text does not
         writing(self._links.offers, labels, [0] if asked.in_text else asked.ids(self.length), max_new_tokens)
         heat = partial(at_temperature, temperature=temperature_for(labels, temperature))
         guesses = drafting(draft, self._links.offers, labels, self._link.tokenizer, hidden=hide_length)
         steps = partial(self._written, asked, count=max_new_tokens, hidden=hide_length, heat=heat, draft=guesses)
         return Generation(steps, in_text=asked.in_text)
+
+    def _stepped(
+        self, asked: Wanted, text: Generation, *, sizes: Sizes, count: int, hidden: bool, temperature: float
+    ) -> Iterator[None]:
+        """Run the queries of a text whose prompt is read token by token; yield whenever it has more tokens.
+
+        The server sees their number: the tokens of the prompt and of the text together, or if it is hidden as many as
+        there is room for.
+        """
+        prepared = Prepared(asked, sizes.capacity)
+        if isinstance(prepared.ids, Error):
+            raise prepared.ids
+        prompt = prepared.ids
+        sizes.check_steps(prompt, count)
+        text.prompt_tokens, over, failed = len(prompt), False, None
+        last = sizes.capacity if hidden else len(prompt) + count - 1
+        with self._open():
+            link = self._links.of(sizes.step)
+            conversation = link.converse(sizes.capacity)
+        try:
+            for filled in range(last):
+                behind = text.ids[-1] if text.ids and not over else 0
+                token = prompt[filled] if filled < len(prompt) else behind
+                with self._open():
+                    values = self._clear_values(step_inputs([token], 0, filled, link.program.rows), link)
+                    found = values
+                    if not isinstance(values, Error):
+                        found = self._answer(link, conversation, values, sizes.step, filled, None)
+                if isinstance(found, Error):
+                    failed = failed or found
+                elif filled >= len(prompt) - 1 and not (over or failed):
+                    ended = text.take([chosen(only(found).flatten(), temperature)], prepared)
+                    over = ended or len(text.ids) == count
+                    if over and not ended:
+                        text.end(prepared)
+                    yield
+                if (over or failed) and not hidden:
+                    break
+        finally:
+            link.leave(conversation)
+        if failed is not None:
+            raise failed
 
     def _written(
         self,
@@ -725,15 +780,9 @@ class Session:
 
         count: of the tokens. rows: those that the query reads. ahead: the queries after it, if there may be any.
         """
-        encoded = link.program.encode(values, link.tables)
-        number, self._asked = self._asked, self._asked + 1
-        ask = partial(link.go_on, conversation, encoded, number, rows=rows, ahead=ahead)
-        results, report = self._once_free(ask, link)
-        self.report = replace(report, length=size.length)
-        self._took(link, self.report)
-        wrong, decoded = (_tried(partial(each, results)) for each in (link.program.check_results, link.program.decode))
-        if isinstance(wrong, Error) or isinstance(decoded, Error):
-            return wrong or decoded
+        decoded = self._answer(link, conversation, values, size, rows, ahead)
+        if isinstance(decoded, Error):
+            return decoded
 
         def tokens() -> list[int]:
             found = [int(token) for token in only(decoded).flatten()]
@@ -742,6 +791,19 @@ class Session:
             return found
 
         return _tried(tokens)
+
+    def _answer(
+        self, link: Link, conversation: Any, values: Any, size: Offer, rows: int, ahead: Ahead | None
+    ) -> Mapping[str, Tensor] | Error:
+        """Run one query of a conversation; return the decoded outputs, or why they are not to be trusted."""
+        encoded = link.program.encode(values, link.tables)
+        number, self._asked = self._asked, self._asked + 1
+        ask = partial(link.go_on, conversation, encoded, number, rows=rows, ahead=ahead)
+        results, report = self._once_free(ask, link)
+        self.report = replace(report, length=size.length)
+        self._took(link, self.report)
+        wrong, decoded = (_tried(partial(each, results)) for each in (link.program.check_results, link.program.decode))
+        return wrong or decoded
 
     def _took(self, link: Link, report: Report) -> None:
         """Note a query that ran to its end."""

@@ -1,0 +1,313 @@
+"""Text on ciphertexts: a decoder's steps read rows that earlier ones kept, encrypted, and the client chooses tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import secure
+from parties.cli.generate import prices, summary
+from parties.reports.verified import verify
+from protocols.ckks.circuit import Circuit, clear
+from protocols.ckks.evaluate import EncodedWeights, KeptRows, evaluate
+from protocols.ckks.parameters import Parameters
+from protocols.ckks.refresh import Refresher
+from protocols.ckks.schedule import schedule
+from protocols.ckks.seal import Client, Context, EvaluationKeys
+from secure.ckks import kept as kept_form
+from secure.ckks.program import CkksProgram
+from secure.errors import InputTooLong, InvalidInput, PeerLost
+from secure.models.decoder import step_inputs
+from secure.polynomial.forms import freeze_untrained
+from secure.polynomial.recipe import Recipe
+from secure.polynomial.swap import polynomialize
+from secure.session.generation import chosen
+from secure.session.session import Session
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, CAPACITY = 24, 8
+CKKS = secure.Ckks(refresh=True, precision=8)
+PROMPT = [5, 7, 9]
+
+
+def llama() -> Any:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+
+@cache
+def polynomial() -> Any:
+    torch.manual_seed(4)
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    polynomialize(model, Recipe(inverse_error=0.3))
+    freeze_untrained(model, lambda: model(texts(256), use_cache=False))
+    return model
+
+
+def texts(count: int) -> torch.Tensor:
+    """Texts of any tokens, so that none of the tests leaves the ranges that they set."""
+    return torch.randint(0, VOCABULARY, (count, CAPACITY), generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def compiled() -> secure.Compiled:
+    given = {"capacity": CAPACITY, "embedding": "client-table", "deployment": CKKS}
+    return secure.compile_generator(polynomial(), calibration=texts(24).tolist(), **given)
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    with secure.insecure_in_process(compiled()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with secure.serve(compiled(), role="server", state=tmp_path_factory.mktemp("state"), workers=1) as service:
+        yield service.address
+
+
+def scores(ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = polynomial().double()(torch.tensor([ids])).logits[0]
+    polynomial().float()
+    return found
+
+
+def misses(prompt: list[int], ids: list[int]) -> list[float]:
+    """By how much another token's score is better than that of each token, in floating point, behind the same text."""
+    found = scores([*prompt, *ids])[len(prompt) - 1 : -1]
+    behind: list[float] = (found.amax(-1) - found.gather(-1, torch.tensor(ids)[:, None])[:, 0]).tolist()
+    return behind
+
+
+# keeping rows, as a circuit
+
+
+def keeping() -> Circuit:
+    """A query x that reads the rows of those before: three times their sum by places, and x itself; it keeps 2 x."""
+    circuit = Circuit(PARAMETERS.slots)
+    x, rows = circuit.input("x"), circuit.kept("rows")
+    number = np.full(PARAMETERS.slots, -1.0)
+    number[:3] = [0, 1, 2]
+    circuit.mark()
+    circuit.keep(circuit.dot([(x, 2.0)]), "rows", number)
+    circuit.mark()
+    circuit.outputs = [circuit.add(circuit.dot([(rows, 3.0)]), circuit.dot([(x, 1.0)]))]
+    return circuit
+
+
+PARAMETERS = Parameters(8192, 4, 26, 33, 8)
+
+
+def test_rows_are_kept_from_query_to_query() -> None:
+    made = schedule(keeping(), 4, 3)
+    assert made.circuit.rows == 3
+    assert [n.op for n in made.circuit.nodes].count("keep") == 1
+    assert made.rounds == 1  # the row's own
+    context = Context(PARAMETERS)
+    client = Client(context)
+    keys = EvaluationKeys(context, client.evaluation_keys([]), [])
+    weights, refresher, kept = EncodedWeights(context, made), Refresher(client), KeptRows()
+    for number, x in enumerate((0.25, -0.5, 0.75, 0.5, 0.125)):  # the last two find no row that is free
+        level = made.inputs()["x"]
+        run = evaluate(weights, keys, {"x": client.encrypt(np.full(PARAMETERS.slots, x), level)}, None, kept)
+        masked = next(run)
+        levels = [made.levels[i] for i in made.refreshes(1)]
+        answers = [refresher.refresh(each, made.reserve, to) for each, to in zip(masked, levels, strict=True)]
+        with pytest.raises(StopIteration) as end:
+            run.send(answers)
+        (found,) = (client.decrypt(each) for each in end.value.value)
+        rows = [2 * each for each in (0.25, -0.5, 0.75)[:number]]
+        wanted = np.full(PARAMETERS.slots, x)
+        wanted[: len(rows)] += 3 * np.array(rows)
+        assert np.abs(found - wanted).max() < 1e-2
+        assert kept.filled == number + 1
+    exact = clear(made.circuit, {"x": np.full(PARAMETERS.slots, 0.5), "rows": np.zeros(PARAMETERS.slots)})
+    assert np.allclose(exact, 0.5)
+
+
+def test_a_query_that_does_not_end_keeps_nothing() -> None:
+    made = schedule(keeping(), 4, 3)
+    context = Context(PARAMETERS)
+    client = Client(context)
+    kept = KeptRows()
+    x = client.encrypt(np.full(PARAMETERS.slots, 0.5), made.inputs()["x"])
+    keys = EvaluationKeys(context, client.evaluation_keys([]), [])
+    run = evaluate(EncodedWeights(context, made), keys, {"x": x}, None, kept)
+    next(run)
+    run.close()
+    assert (kept.filled, kept.ciphertexts) == (0, {})
+
+
+def test_a_row_that_nobody_reads_is_not_kept() -> None:
+    circuit = keeping()
+    circuit.keep(circuit.input("x"), "others", np.arange(float(PARAMETERS.slots)))
+    assert schedule(circuit, 4, 3).circuit.rows == 3
+
+
+# texts
+
+
+def test_a_text_is_that_of_floating_point(session: Session) -> None:
+    error = compiled().model.predicted_error
+    for prompt in (PROMPT, [23]):
+        before = len(session.reports)
+        text = session.generate(prompt, 4, ignore_end=True).complete()
+        assert len(text.ids) == 4
+        assert max(misses(prompt, text.ids)) <= 2 * error
+        assert (text.prompt_tokens, len(session.reports) - before) == (len(prompt), len(prompt) + 3)
+        assert all(report.rounds == compiled().program.rounds for report in session.reports[before:])
+
+
+def test_scores_are_those_of_floating_point_within_the_predicted_error(session: Session) -> None:
+    link, program = session.link, compiled().program
+    ids = [*PROMPT, 4, 11, 0, 17, 1]
+    wanted, conversation = scores(ids), link.converse(CAPACITY)
+    assert len(ids) == CAPACITY == program.rows + 1
+    for filled, token in enumerate(ids):
+        values = program.clear_values(step_inputs([token], 0, filled, program.rows), link.tables)
+        results, report = link.go_on(conversation, program.encode(values, link.tables), filled, rows=filled)
+        found = program.decode(results)["output"].flatten()
+        assert (found - wanted[filled]).abs().max() <= compiled().model.predicted_error
+        assert (report.bytes(sender="client"), report.bytes(sender="server")) == (program.to_server, program.to_client)
+
+
+def test_the_predicted_error_is_no_fantasy(session: Session) -> None:
+    """What is rounded away is most of it, and the rest is not a hundred times what is found."""
+    model = compiled().model
+    noise = model.predicted_error - model.program.grain / 2
+    link, program = session.link, model.program
+    values = program.clear_values(step_inputs([5], 0, 0, program.rows), link.tables)
+    (raw,), _ = link.go_on(link.converse(CAPACITY), program.encode(values, link.tables), 0)
+    used = program.output[0] >= 0
+    found = np.zeros(VOCABULARY)
+    found[program.output[0][used]] = raw[used] * program.output_unit
+    error = float(np.abs(found - scores([5])[0].numpy()).max())
+    assert error <= noise <= 300 * error
+
+
+def test_a_hidden_length_takes_all_steps(session: Session) -> None:
+    before = len(session.reports)
+    text = session.generate(PROMPT, 2, ignore_end=True, hide_length=True).complete()
+    assert (len(text.ids), len(session.reports) - before) == (2, CAPACITY)
+
+
+def test_a_text_ends_where_it_stops(session: Session) -> None:
+    first = session.generate(PROMPT, 1, ignore_end=True).complete().ids[0]
+    before = len(session.reports)
+    text = session.generate(PROMPT, 3, stop=[first]).complete()
+    assert (text.finish_reason, text.ids, len(session.reports) - before) == ("stop", [first], len(PROMPT))
+
+
+def test_tokens_are_drawn_at_a_temperature() -> None:
+    found = torch.tensor([1.0, 3.0, 2.0, -40.0])
+    assert chosen(found, 0.0) == 1
+    counts = np.bincount([chosen(found, 1.0) for _ in range(4000)], minlength=4) / 4000
+    shares = torch.softmax(found.double(), -1).numpy()
+    assert np.abs(counts - shares).max() < 6 * math.sqrt(0.25 / 4000)
+    assert {chosen(found, 0.01) for _ in range(100)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"prompt": []}, "no token"),
+        ({"prompt": [VOCABULARY]}, "outside 0..23"),
+        ({"max_new_tokens": 0}, "0 new tokens"),
+        ({"max_new_tokens": CAPACITY}, "take 10 steps"),
+        ({"temperature": -1.0}, "temperature of -1"),
+        ({"temperature": math.nan}, "temperature of nan"),
+        ({"draft": "somewhere"}, "no Program that checks drafts"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_a_query(session: Session, given: Any, wrong: str) -> None:
+    before = len(session.reports)
+    with pytest.raises(InvalidInput, match=wrong):
+        session.generate(**{"prompt": PROMPT, "max_new_tokens": 2, **given}).complete()
+    assert len(session.reports) == before
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    def refused(wrong: str, model: Any = None, **given: Any) -> None:
+        options = {"capacity": CAPACITY, "embedding": "client-table", "deployment": CKKS, **given}
+        with pytest.raises(InvalidInput, match=wrong):
+            secure.compile_generator(model or polynomial(), **options)
+
+    refused("a power of two", capacity=12)
+    refused("takes refreshes", deployment=secure.Ckks())
+    refused("token by token", prompt=16)
+    refused("at any temperature", temperature=1.0)
+    refused("one token at a time", draft_length=4)
+    refused("clients hold the token table", embedding=None)
+    refused("no comparison", model=llama())
+
+
+def test_a_compiled_step_is_kept_and_restored() -> None:
+    model = compiled().model
+    facts, tensors = kept_form.keep(model)
+    program = CkksProgram.from_bytes(model.program.encoded)
+    assert (program.rows, program.digest) == (CAPACITY - 1, model.program.digest)
+    again = kept_form.restore(program, model.client_tables, json.loads(json.dumps(facts)), tensors)
+    assert again.schedule.circuit.nodes == model.schedule.circuit.nodes
+    assert again.schedule.circuit.rows == CAPACITY - 1
+
+
+# over a wire
+
+
+def test_a_text_over_grpc(served: str) -> None:
+    with secure.connect(secure.Ckks(server=served), receipts=True) as session:
+        said = list(prices(secure.Ckks(server=served), session, None))
+        assert "rounds" in said[0]
+        assert "scores of all tokens" in said[1]
+        text = session.generate(PROMPT, 3, ignore_end=True).complete()
+        assert max(misses(PROMPT, text.ids)) <= 2 * compiled().model.predicted_error
+        again = session.generate(PROMPT, 3, ignore_end=True).complete()
+        assert again.ids == text.ids  # the second conversation knows nothing of the first
+        assert len({report.id for report in session.reports}) == 2 * (len(PROMPT) + 2)
+        (line,) = [line for line in summary(text, session.reports, 1.0, 0.5) if "the server saw" in line]
+        assert "10 steps" in line
+        receipt = session.receipt()
+    assert receipt.answered == 2 * (len(PROMPT) + 2)
+    verify(receipt, {compiled().program.digest: compiled().program.encoded})
+
+
+def test_a_text_that_is_left_frees_its_place(served: str) -> None:
+    with secure.connect(secure.Ckks(server=served)) as session:
+        text = session.generate(PROMPT, 4, ignore_end=True)
+        next(iter(text))
+        del text
+        assert session.generate(PROMPT, 1, ignore_end=True).complete().ids  # the server has one worker
+
+
+def test_a_conversation_only_goes_on(served: str) -> None:
+    with secure.connect(secure.Ckks(server=served)) as session:
+        link = session.link
+        conversation = link.converse(CAPACITY)
+        program = link.program
+        values = program.encode(program.clear_values(step_inputs([5], 0, 0, program.rows), link.tables), link.tables)
+        link.go_on(conversation, values, 0, rows=0)
+        with pytest.raises(InvalidInput, match="behind 0 of 1 rows"):
+            link.go_on(conversation, values, 1, rows=0)
+        link.leave(conversation)
+        with pytest.raises(PeerLost, match="has ended"):
+            link.go_on(conversation, values, 1, rows=1)
+
+
+def test_a_prompt_that_is_too_long_says_so(session: Session) -> None:
+    with pytest.raises(InputTooLong, match="take 9 steps"):
+        session.generate([5] * 9, 1).complete()
