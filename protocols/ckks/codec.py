@@ -6,6 +6,7 @@ A plaintext's file has its level's id, the count, the scale and an array; ``cano
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,26 @@ Integers = NDArray[Any]  # Python integers of any size, one a coefficient
 def _words(item: Any) -> Words:
     """Return the residues of a plaintext, or of both polynomials of a ciphertext; only for objects of this process."""
     return words_of(body_of(saved(item)), 40 + 8 if isinstance(item, sealapi.Plaintext) else META)
+
+
+def reduced(integers: Integers, primes: Sequence[int]) -> Words:
+    """Return integers modulo each prime, (primes, integers), for primes of up to 48 bits by digits of 16 bits.
+
+    A remainder of a Python integer takes ten times as long as the steps of one vector.
+    """
+    digits = max(1, -(-(max(abs(int(integers.max())), abs(int(integers.min()))).bit_length() + 1) // 16))
+    raw = b"".join([int(each).to_bytes(2 * digits, "little", signed=True) for each in integers])
+    rows = np.frombuffer(raw, "<u2").reshape(len(integers), digits).T.astype(np.uint64)
+    negative, out = rows[-1] >> 15, np.empty((len(primes), len(integers)), np.uint64)
+    for at, prime in enumerate(primes):
+        if prime.bit_length() > 48:
+            out[at] = (integers % prime).astype(np.uint64)
+            continue
+        total = np.zeros(len(integers), np.uint64)
+        for digit in rows[::-1]:  # of the two's complement, which is 2^(16 digits) too large below zero
+            total = ((total << 16) + digit) % prime
+        out[at] = (total + negative * (prime - pow(2, 16 * digits, prime))) % prime
+    return out
 
 
 class Coefficients:
@@ -51,7 +72,7 @@ class Coefficients:
     def plaintext(self, integers: Integers, level: int) -> Any:
         """Return the plaintext with these coefficients at a level, with that level's scale."""
         p = self.context.parameters
-        residues = np.concatenate([(integers % prime).astype(np.uint64) for prime in p.primes[: level + 1]])
+        residues = reduced(integers, p.primes[: level + 1]).reshape(-1)
         holder = self._ciphertext(residues, level, ntt=False)
         self.evaluator.transform_to_ntt_inplace(holder)
         words = _words(holder)[: len(residues)]

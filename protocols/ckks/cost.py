@@ -19,7 +19,7 @@ import numpy as np
 from tenseal import sealapi
 
 from protocols.ckks.canonical import fresh
-from protocols.ckks.circuit import last_readers
+from protocols.ckks.circuit import CkksNode, last_readers
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.refresh import Masks, reserve
 from protocols.ckks.schedule import Schedule
@@ -86,27 +86,34 @@ class Account:
 
 def account(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | None = None) -> Account:
     """Add up the seconds of the server's evaluation of a schedule, operation by operation. times: default Formula."""
-    out, n, by = Account(), parameters.degree, times or Formula()
+    out, by = Account(), times or Formula()
     for i, node in enumerate(schedule.circuit.nodes):
-        limbs, path, count = schedule.levels[i] + 1, schedule.circuit.paths[i], len(node.inputs)
-        if node.op == "rotate":
-            out.add("rotations", path, by.of("switch", n, limbs))
-        elif node.op in ("add", "shift"):
-            out.add("sums", path, by.of("add", n, limbs) * max(1, count - 1))
-        elif node.op == "multiply":
-            each = by.of("multiply", n, limbs + 1) * (count // 2) + by.of("add", n, limbs + 1) * 1.5 * (count // 2 - 1)
-            out.add("ciphertext products", path, each + by.of("switch", n, limbs + 1))
-            out.add("rescaling", path, by.of("rescale", n, limbs + 1))
-        elif node.op == "dot":
-            each, sums = by.of("plain", n, limbs + 1) * count, by.of("add", n, limbs + 1) * (count - 1)
-            out.add("plain products", path, each + sums)
-            out.add("rescaling", path, by.of("rescale", n, limbs + 1))
-        elif node.op == "keep":  # a product, and a sum with the rows before
-            out.add("kept rows", path, by.of("plain", n, limbs + 1) + by.of("add", n, limbs))
-            out.add("rescaling", path, by.of("rescale", n, limbs + 1))
-        elif node.op in ("input", "refresh"):
-            out.add("inputs" if node.op == "input" else "refreshes", path, by.of(node.op, n, limbs))
+        for kind, spent in node_seconds(node, schedule.levels[i], parameters.degree, by).items():
+            out.add(kind, schedule.circuit.paths[i], spent)
     return out
+
+
+def node_seconds(node: CkksNode, level: int, degree: int, by: PrimitiveTimes) -> dict[str, float]:
+    """Return the seconds of a node whose result has this level, by kind of operation."""
+    limbs, count = level + 1, len(node.inputs)
+
+    def of(kind: str, limbs: int = limbs) -> float:
+        return by.of(kind, degree, limbs)
+
+    if node.op == "rotate":
+        return {"rotations": of("switch")}
+    if node.op in ("add", "shift"):
+        return {"sums": of("add") * max(1, count - 1)}
+    rescaled = {"rescaling": of("rescale", limbs + 1)}
+    if node.op == "multiply":
+        each = of("multiply", limbs + 1) * (count // 2) + of("add", limbs + 1) * 1.5 * (count // 2 - 1)
+        return {"ciphertext products": each + of("switch", limbs + 1), **rescaled}
+    if node.op == "dot":
+        return {"plain products": of("plain", limbs + 1) * count + of("add", limbs + 1) * (count - 1), **rescaled}
+    if node.op == "keep":  # a product, and a sum with the rows before
+        return {"kept rows": of("plain", limbs + 1) + of("add"), **rescaled}
+    kinds = {"input": "inputs", "refresh": "refreshes"}
+    return {kinds[node.op]: of(node.op)} if node.op in kinds else {}
 
 
 def seconds(schedule: Schedule, parameters: Parameters, times: PrimitiveTimes | None = None) -> float:

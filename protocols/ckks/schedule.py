@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,14 +53,24 @@ class Schedule:
         return {n.name: self.levels[i] for i, n in enumerate(self.circuit.nodes) if n.op == "input"}
 
 
-def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0) -> Schedule:
+@dataclass(frozen=True)
+class Price:
+    """What cuts cost: seconds of a node at a level, of a refreshed ciphertext, and of a round."""
+
+    node: Callable[[CkksNode, int], float]
+    refreshed: float
+    round: float
+
+
+def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0, price: Price | None = None) -> Schedule:
     """Schedule a circuit; with ``levels``, refreshes are placed so that no stage needs more levels than that.
 
-    reserve: the level that values keep for a refresh. Raises DoesNotFit if the circuit is deeper than ``levels``
+    reserve: the level that values keep for a refresh. price: counts what is computed between refreshes too, which is
+    cheap at low levels, so that they come behind large maps rather than before; it takes seconds. Raises DoesNotFit if the circuit is deeper than ``levels``
     between two places for a refresh.
     """
     circuit = _trimmed(circuit)
-    cuts = [] if levels is None else _cuts(circuit, levels, reserve)
+    cuts = [] if levels is None else _cuts(circuit, levels, reserve, price)
     return _leveled(*_with_refreshes(circuit, cuts), reserve)
 
 
@@ -106,11 +116,14 @@ def depth_by_path(circuit: Circuit) -> list[tuple[str, int]]:
     return [(path, n) for path, n in reversed(taken.items()) if n]
 
 
-def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
+def _cuts(circuit: Circuit, levels: int, reserve: int, price: Price | None) -> list[int]:
     """Choose the marks at which all values still needed are refreshed.
 
-    Dynamic programming minimizes the number of refreshed ciphertexts, plus ROUND for each round.
+    Dynamic programming minimizes the number of refreshed ciphertexts, plus ROUND for each round; or the seconds by a
+    price.
     """
+    work = None if price is None else _Work(circuit, levels, reserve, price)
+    each, turn = (1.0, float(ROUND)) if price is None else (price.refreshed, price.round)
     end = len(circuit.nodes)
     places = [0, *[m for m in circuit.marks if 0 < m < end], end]
     last = last_readers(circuit)
@@ -137,7 +150,7 @@ def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
             if stop < end and deepest > levels - reserve:
                 continue
             cost, cuts = best[start]
-            cost += live[stop] + (ROUND if stop < end else 0)
+            cost += live[stop] * each + (turn if stop < end else 0) + (work.between(start, stop) if work else 0)
             if stop not in best or cost < best[stop][0]:
                 best[stop] = (cost, [*cuts, stop] if stop < end else cuts)
     if end not in best:
@@ -147,6 +160,31 @@ def _cuts(circuit: Circuit, levels: int, reserve: int) -> list[int]:
             f"module: {taken}\nhint: a larger ring, or less precision"
         )
     return best[end][1]
+
+
+class _Work:
+    """The seconds of what is computed between two refreshes, where every node runs at the lowest level it can."""
+
+    def __init__(self, circuit: Circuit, levels: int, reserve: int, price: Price) -> None:
+        self._nodes, self._last, self._reserve = circuit.nodes, last_readers(circuit), reserve
+        kept = {x for x, _ in circuit.keeps.values()}
+        self._refreshed = [i in kept for i in range(len(circuit.nodes))]
+        self._table = [[price.node(node, level) for level in range(levels + reserve + 1)] for node in circuit.nodes]
+        self._level = [0] * len(circuit.nodes)
+
+    def between(self, start: int, stop: int) -> float:
+        level, total = self._level, 0.0
+        end = len(self._nodes)
+        for i in range(start, stop):
+            level[i] = self._reserve if self._refreshed[i] or self._last[i] >= stop < end else 0
+        for i in range(stop - 1, start - 1, -1):
+            node = self._nodes[i]
+            total += self._table[i][level[i]]
+            wanted = level[i] + (node.op in TAKES_LEVEL)
+            for x in node.inputs:
+                if x >= start and level[x] < wanted:
+                    level[x] = wanted
+        return total
 
 
 def _least(circuit: Circuit, i: int) -> int:

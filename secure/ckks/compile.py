@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from approximations import choose
 from protocols.ckks import noise
-from protocols.ckks.circuit import Vector, clear
-from protocols.ckks.cost import seconds
+from protocols.ckks.circuit import CkksNode, Vector, clear
+from protocols.ckks.cost import Formula, node_seconds, seconds
 from protocols.ckks.parameters import MAXIMUM_BITS, Parameters
 from protocols.ckks.refresh import INTEGER, reserve
-from protocols.ckks.schedule import Schedule, depth_by_path, schedule
+from protocols.ckks.schedule import Price, Schedule, depth_by_path, schedule
 from secure.ckks.layout import Cube, at
 from secure.ckks.linear_maps import Array
 from secure.ckks.pack import PackedModel, Packer
@@ -141,6 +141,8 @@ def encrypt(
                 packed = Packer(lowered.trace, weights, ranges, cube, settle=mode == "refresh").run(output.id)
             several = inputs[:: max(1, len(inputs) // WATCHED)] if texts else inputs[: max(1, WATCHED // batch)]
             chosen, timed, watched = _fitted(packed, several, degree, mode, precision_bits, told)
+            if texts:
+                _check_steps(lowered, packed, timed, several[:: WATCHED // SIMULATED], 2.0**-precision_bits)
         except DoesNotFit as error:
             problems.append(f"N = {degree}: {str(error).splitlines()[0]}")
             unpacked = error if isinstance(error, DoesNotPack) else unpacked
@@ -350,7 +352,8 @@ def _fitted(
                 most = (MAXIMUM_BITS[degree] - 1 - 2 * base_bits - spare) // scale_bits
                 key = (most, kept) if mode == "refresh" else (0, 0)
                 if key not in tried:
-                    tried[key] = schedule(packed.circuit, most if mode == "refresh" else None, kept)
+                    price = _price(degree, most) if packed.kept else None
+                    tried[key] = schedule(packed.circuit, most if mode == "refresh" else None, kept, price)
                 timed = tried[key]
                 if timed.depth > most:
                     raise DoesNotFit(f"{timed.depth} levels of {scale_bits} bits, where {most} fit")
@@ -367,6 +370,16 @@ def _fitted(
         except DoesNotFit as error:
             problem = error
     raise problem or DoesNotFit("no special prime to try")
+
+
+def _price(degree: int, levels: int) -> Price:
+    """Return what refreshes of a decoder's step cost, at their place in its computation."""
+    by = Formula()
+
+    def node(node: CkksNode, level: int) -> float:
+        return sum(node_seconds(node, level, degree, by).values())
+
+    return Price(node, CLIENT * degree / 16384 + by.of("refresh", degree, levels), ROUND)
 
 
 def _fits(timed: Schedule, magnitude: Array) -> None:
@@ -392,8 +405,7 @@ def _watch(
     deviation = np.zeros(len(timed.circuit.nodes))
     conversed = bool(timed.circuit.rows)
     for number, sample in enumerate(inputs):
-        slots = {k: at(sample[name].numpy().reshape(-1), c) for k, (name, c) in packed.views.items()}
-        slots |= {k: at(sample[name].numpy().reshape(-1) / u, c) for k, (name, c, u) in packed.kept.items()}
+        slots = _slots(packed, sample)
         clear(timed.circuit, slots, look)
         if conversed and number % (WATCHED // SIMULATED) == 0:
             deviation = np.maximum(deviation, _simulated(timed, parameters, slots, number))
@@ -401,6 +413,27 @@ def _watch(
             found = noise.errors(timed, parameters, slots)
             deviation = np.maximum(deviation, [v.max() for v in found])
     return _Watched(magnitude, deviation, timed.circuit.outputs)
+
+
+def _slots(packed: PackedModel, sample: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Return the slots of a sample's inputs, and of the rows that were kept before it."""
+    slots = {k: at(sample[name].numpy().reshape(-1), c) for k, (name, c) in packed.views.items()}
+    return slots | {k: at(sample[name].numpy().reshape(-1) / u, c) for k, (name, c, u) in packed.kept.items()}
+
+
+def _check_steps(
+    lowered: Lowered, packed: PackedModel, timed: Schedule, inputs: Sequence[Mapping[str, Tensor]], most: float
+) -> None:
+    """Raise AssertionError unless the packed circuit computes what the trace does, up to ``most`` of a unit."""
+    output, names = _output(lowered).id, [p.attrs["name"] for p in lowered.trace.primitives if p.op == "keep"]
+    for sample in inputs:
+        kept = {name: sample[name] for name in names}
+        (wanted,) = evaluate(lowered.trace, sample, lowered.weights, outputs=[output], kept=kept)
+        exact, found = wanted.reshape(-1).numpy() / packed.output_unit, np.full(wanted.numel(), np.inf)
+        for row, slots in zip(packed.output, clear(timed.circuit, _slots(packed, sample)), strict=True):
+            found[row[row >= 0]] = slots[row >= 0]
+        if not np.abs(found - exact).max() <= most:
+            raise AssertionError(f"the packed step is off by {np.abs(found - exact).max():.2g} of its largest score")
 
 
 def _simulated(timed: Schedule, parameters: Parameters, slots: Mapping[str, Vector], seed: int) -> Array:

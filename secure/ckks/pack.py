@@ -118,9 +118,13 @@ class Packer:
         residual = len(value.terms) >= SETTLED if t > 1 else len(value.terms) > 1 and rows == t
         if self.settle and p.op == "add" and residual and len(value.shape) > 1:
             content = self.cube.dense(rows, value.shape[-1])
-            nodes, unit = self._materialized(value, content, self._unit(i), content)
-            value = self._atom(value.shape, nodes, content, unit)
+            value = self._atom(value.shape, *self._settled(value, content, self._unit(i)))
         return value
+
+    def _settled(self, value: Affine, content: Content, unit: float) -> tuple[list[int], Content, float]:
+        """Return ciphertexts of a value's own in this content, and their unit: what ``_atom`` takes."""
+        nodes, unit = self._materialized(value, content, unit, content)
+        return nodes, content, unit
 
     def _atom(
         self, shape: tuple[int, ...], nodes: list[int], content: Content, factor: float = 1.0, kind: str = ""
@@ -135,6 +139,9 @@ class Packer:
         rows -= 1
         self._check(p, math.prod(new.shape) == heads * features and rows < self.cube.keys)
         self._check(p, not self.cube.heads % heads and features <= self.cube.d)
+        if len(new.terms) == 1 and selection(new) is None:  # once through the layer, then to both of its readers
+            natural = self.cube.natural(new.shape)
+            new = self._atom(new.shape, *self._settled(new, natural, unit))
         content, numbers = self.cube.kept((heads, rows, features))
         nodes = list[int]()
         for k, (row, number) in enumerate(zip(content, numbers, strict=True)):
