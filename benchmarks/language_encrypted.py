@@ -25,7 +25,7 @@ from torch import nn
 import secure
 from benchmarks.common import RESULTS, machine, peak
 from protocols.ckks.cost import account, measure
-from protocols.ckks.evaluate import EncodedWeights, KeptRows, evaluate
+from protocols.ckks.evaluate import EncodedWeights, EncryptedRows, evaluate
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks.client import ClientQuery
 from secure.ckks.compile import CkksModel
@@ -69,7 +69,7 @@ def steps(model: CkksModel, original: nn.Module, text: Sequence[int]) -> list[di
     client, found = Client(context), list[dict[str, Any]]()
     began = time.perf_counter()
     keys = EvaluationKeys(context, client.evaluation_keys(list(program.steps)), list(program.steps))
-    weights, kept = EncodedWeights(context, model.schedule, limit=1 << 34), KeptRows()
+    weights, kept = EncodedWeights(context, model.schedule, limit=1 << 34), EncryptedRows()
     weights.prepare()
     print(json.dumps({"keys and weights, s": round(time.perf_counter() - began, 1)}), flush=True)
     with torch.no_grad():

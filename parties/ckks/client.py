@@ -119,8 +119,8 @@ class CkksLink(Link):
         finally:
             self.leave(conversation)
 
-    def converse(self, capacity: int) -> _Conversation:
-        return _Conversation()
+    def converse(self, capacity: int) -> _EncryptedText:
+        return _EncryptedText()
 
     def go_on(
         self,
@@ -132,7 +132,7 @@ class CkksLink(Link):
         ahead: Ahead | None = None,
     ) -> tuple[Sequence[Vector], Report]:
         """Run a query in the call of its conversation; the first one opens it. One that fails ends the conversation."""
-        assert isinstance(conversation, _Conversation)
+        assert isinstance(conversation, _EncryptedText)
         conversation.check(rows)
         began = time.perf_counter()
         exchange = ClientQuery(self.program, self.client)
@@ -141,7 +141,7 @@ class CkksLink(Link):
             start = pb.CkksStart(program_digest=self.program.digest, model=self.model, keys_digest=self.keys_digest)
             conversation.outbox.put(pb.CkksRequest(start=start))
             stream = self._stub.Query(iter(conversation.outbox.get, None))
-            conversation.replies = _Replies(stream, self._deadline)
+            conversation.replies = _Heard(stream, self._deadline)
         _put(conversation.outbox, encrypted)
         try:
             with self._hearing(conversation.replies, "evaluating") as replies:
@@ -213,7 +213,7 @@ class CkksLink(Link):
     @contextmanager
     def _listening(self, stream: Any, doing: str) -> Iterator[Iterator[Any]]:
         """Yield the messages of a stream, each within the deadline; the stream ends with this context."""
-        replies = _Replies(stream, self._deadline)
+        replies = _Heard(stream, self._deadline)
         try:
             with self._hearing(replies, doing) as messages:
                 yield messages
@@ -221,7 +221,7 @@ class CkksLink(Link):
             replies.close()
 
     @contextmanager
-    def _hearing(self, replies: _Replies, doing: str) -> Iterator[Iterator[Any]]:
+    def _hearing(self, replies: _Heard, doing: str) -> Iterator[Iterator[Any]]:
         """Yield the messages of a stream that come from now on, and turn its errors into ours."""
         began = time.monotonic()
 
@@ -243,7 +243,7 @@ class CkksLink(Link):
                 raise
 
 
-class _Replies:
+class _Heard:
     """The messages of a stream, each of which has to come within the deadline."""
 
     def __init__(self, stream: Any, deadline: float) -> None:
@@ -255,7 +255,7 @@ class _Replies:
         self._stream.cancel()
 
 
-class _Conversation:
+class _EncryptedText:
     """Queries that follow one another in one call of the service, which ends with it and forgets what they kept.
 
     filled: the rows that they have kept so far.
@@ -263,7 +263,7 @@ class _Conversation:
 
     def __init__(self) -> None:
         self.outbox: queue.SimpleQueue[pb.CkksRequest | None] = queue.SimpleQueue()
-        self.replies: _Replies | None = None
+        self.replies: _Heard | None = None
         self.filled, self._closed = 0, False
 
     def check(self, rows: int | None) -> None:

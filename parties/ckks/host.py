@@ -24,7 +24,7 @@ from parties.ckks.limits import limit, limit_time, loading_seconds
 from parties.ckks.pipe import Pipe, receive_schedule
 from protocols.ckks import cost
 from protocols.ckks.canonical import InvalidCiphertext
-from protocols.ckks.evaluate import EncodedWeights, KeptRows, evaluate
+from protocols.ckks.evaluate import EncodedWeights, EncryptedRows, evaluate
 from protocols.ckks.seal import Context, EvaluationKeys, key_forms, split_keys
 
 log = logging.getLogger("unseen.evaluators")
@@ -88,7 +88,7 @@ class Holder:
 
     def _compute(self, pipe: Pipe) -> None:
         """Answer a query; of a model that keeps rows, also those of its conversation that follow."""
-        schedule, kept = self.weights.schedule, KeptRows()
+        schedule, kept = self.weights.schedule, EncryptedRows()
         queries = schedule.circuit.rows + 1
         expected = queries * cost.seconds(schedule, self.weights.context.parameters)
         limit(self._memory, EVALUATING + SLOW * expected)

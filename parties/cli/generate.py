@@ -18,7 +18,6 @@ from parties.reports.who_learns import who_learns
 from secure.cost import passes
 from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb, total
 from secure.deployments.circuits import CircuitDeployment
-from secure.deployments.ckks import Ckks
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.chat import CONTENT, ROLE
@@ -158,7 +157,7 @@ def prices(
 ) -> Iterator[str]:
     """Say what a prompt and each token after it take, by the Programs' own costs, and with drafts a pass over them."""
     sizes = Sizes.of(session.sizes, session.program.labels)
-    if isinstance(deployment, Ckks):
+    if deployment.stepwise:
         cost = deployment.price(session.program)
         online = total(cost.traffic, phase=ONLINE)
         away = (

@@ -57,7 +57,7 @@ class EncodedWeights:
 
 
 @dataclass
-class KeptRows:
+class EncryptedRows:
     """The rows that the queries of one conversation have kept. filled: their number; ciphertexts: by name."""
 
     filled: int = 0
@@ -69,7 +69,7 @@ def evaluate(
     keys: EvaluationKeys,
     inputs: Mapping[str, bytes],
     progress: Callable[[int, str], None] | None = None,
-    kept: KeptRows | None = None,
+    kept: EncryptedRows | None = None,
 ) -> Generator[list[bytes], list[bytes], list[bytes]]:
     """Run the whole schedule, and return the encrypted outputs.
 
@@ -79,7 +79,7 @@ def evaluate(
     progress: called before each node runs, with its id and its module's path. kept: the rows of earlier queries, to
     which this one adds its own when it is done; none by default.
     """
-    kept = KeptRows() if kept is None else kept
+    kept = EncryptedRows() if kept is None else kept
     run = _Run(weights, keys, kept)
     schedule, circuit = weights.schedule, weights.schedule.circuit
     last = last_readers(circuit)
@@ -129,7 +129,7 @@ def _refreshed(
 
 
 class _Run:
-    def __init__(self, weights: EncodedWeights, keys: EvaluationKeys, kept: KeptRows) -> None:
+    def __init__(self, weights: EncodedWeights, keys: EvaluationKeys, kept: EncryptedRows) -> None:
         self.weights, self.keys, self.context = weights, keys, weights.context
         self.kept, self.rows = kept, dict(kept.ciphertexts)
         self.schedule = weights.schedule

@@ -55,7 +55,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Price:
-    """What cuts cost: seconds of a node at a level, of a refreshed ciphertext, and of a round."""
+    """The seconds that cuts cost: of a node at a level, of a refreshed ciphertext, and of a round."""
 
     node: Callable[[CkksNode, int], float]
     refreshed: float
@@ -66,8 +66,8 @@ def schedule(circuit: Circuit, levels: int | None = None, reserve: int = 0, pric
     """Schedule a circuit; with ``levels``, refreshes are placed so that no stage needs more levels than that.
 
     reserve: the level that values keep for a refresh. price: counts what is computed between refreshes too, which is
-    cheap at low levels, so that they come behind large maps rather than before; it takes seconds. Raises DoesNotFit if the circuit is deeper than ``levels``
-    between two places for a refresh.
+    cheap at low levels, so that they come behind large maps rather than before; it takes seconds. Raises DoesNotFit if
+    the circuit is deeper than ``levels`` between two places for a refresh.
     """
     circuit = _trimmed(circuit)
     cuts = [] if levels is None else _cuts(circuit, levels, reserve, price)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from protocols.ckks.circuit import Vector, clear
-from protocols.ckks.evaluate import EncodedWeights, KeptRows, evaluate
+from protocols.ckks.evaluate import EncodedWeights, EncryptedRows, evaluate
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks import compile as ckks
 from secure.ckks import kept
@@ -69,6 +69,7 @@ class Ckks(Deployment):
     takes: ClassVar[frozenset[str]] = frozenset({"embedding"})
     profiled_by: ClassVar[frozenset[str]] = frozenset()
     runs_packaged: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
 
     server: str = option("127.0.0.1:50051", "The server's host:port.", CONNECT)
     refresh: bool = option(False, "The client re-encrypts where the levels end.", COMPILE)
@@ -116,6 +117,13 @@ class Ckks(Deployment):
             model, samples[0], options, labels, told, calibration=samples[1:], batch=int(labels.get("batch", 1))
         )
 
+    def check_writing(self) -> None:
+        if not self.refresh:
+            raise InvalidInput(
+                f"under {self.name} a text takes refreshes, also of what is kept",
+                "--refresh (secure.Ckks(refresh=True))",
+            )
+
     def build_step(
         self,
         model: nn.Module,
@@ -126,7 +134,6 @@ class Ckks(Deployment):
         labels: Mapping[str, str],
         told: Told = silent,
     ) -> ckks.CkksModel:
-        """Compile one step of a decoder, by which prompts are read too. whole, texts: see ``encrypt``."""
         return self._encrypted(model, example, options, labels, told, calibration=whole, texts=texts)
 
     def _encrypted(
@@ -163,7 +170,7 @@ class Ckks(Deployment):
         return replace(self.price(model.program), error=model.predicted_error)
 
     def price(self, program: CkksProgram) -> Cost:
-        """Count what a query of a Program takes, and its keys once."""
+        """Count what a query takes, and the keys that a client uploads once."""
         traffic = (
             Traffic(CLIENT, SERVER, program.key_bytes, ONCE),
             Traffic(CLIENT, SERVER, program.to_server, ONLINE),
@@ -243,8 +250,8 @@ class CkksInProcess(Link):
     def ask(self, values: Mapping[str, Any], number: int, *, ahead: bool = False) -> tuple[Sequence[Vector], Report]:
         return self.go_on(self.converse(0), values, number)
 
-    def converse(self, capacity: int) -> KeptRows:
-        return KeptRows()
+    def converse(self, capacity: int) -> EncryptedRows:
+        return EncryptedRows()
 
     def go_on(
         self,
@@ -255,7 +262,7 @@ class CkksInProcess(Link):
         rows: int | None = None,
         ahead: Ahead | None = None,
     ) -> tuple[Sequence[Vector], Report]:
-        assert isinstance(conversation, KeptRows)
+        assert isinstance(conversation, EncryptedRows)
         assert rows in (None, conversation.filled)
         start = time.perf_counter()
         exchange = ClientQuery(self.program, self._client)

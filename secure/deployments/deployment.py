@@ -110,7 +110,8 @@ class Deployment(ABC):
     profile that apply here (networks, depth, polynomial for shapes, html). serves: the role that holds a whole compiled
     model; "" if the model is split into shares first, in which case how_to_serve names the commands. runs_packaged: the
     packaged sentence encoder can be compiled as it is. takes_sizes: one service offers a model for several lengths and
-    batches. default: it is the deployment if none is named.
+    batches. stepwise: texts are written by the Program of a step alone, which reads prompts token by token, and tells
+    the client scores. default: it is the deployment if none is named.
     """
 
     name: ClassVar[str]
@@ -123,6 +124,7 @@ class Deployment(ABC):
     default: ClassVar[bool] = False
     takes_sizes: ClassVar[bool] = False
     runs_packaged: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = False
 
     @abstractmethod
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
@@ -278,6 +280,31 @@ class Deployment(ABC):
             if name not in self.takes:
                 known = ", ".join(sorted(self.takes)) or "none of them"
                 raise InvalidInput(f"{name} means nothing under {self.name}", f"it takes {known}")
+
+    def check_writing(self) -> None:
+        """Raise InvalidInput if it generates no text."""
+        raise InvalidInput(f"{self.name} does not generate text", "deploy by secret sharing: TwoParty()")
+
+    def price(self, program: Any) -> Cost:
+        """Return the cost of one query of a Program; no weights are needed."""
+        raise NotImplementedError
+
+    def build_step(
+        self,
+        model: nn.Module,
+        example: Mapping[str, Tensor],
+        whole: Sequence[Mapping[str, Tensor]],
+        texts: Sequence[Sequence[Mapping[str, Tensor]]],
+        options: CompileOptions,
+        labels: Mapping[str, str],
+        told: Told = silent,
+    ) -> Any:
+        """Compile a step of a decoder, by which prompts are read too, if the deployment is ``stepwise``.
+
+        model: returns scores. example: the inputs of a step. whole: texts at once, which set the ranges that
+        approximations ask for. texts: the inputs of the steps of each text, which set all others.
+        """
+        raise NotImplementedError
 
     def check_batch(self, batch: int) -> None:
         """Raise InvalidInput if no query carries so many inputs in this deployment."""

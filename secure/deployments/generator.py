@@ -21,7 +21,6 @@ from torch import nn
 
 from protocols.fixedpoint import FixedPoint
 from secure.deployments.circuits import CircuitDeployment
-from secure.deployments.ckks import Ckks
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
 from secure.deployments.two_party import TwoParty
@@ -107,12 +106,12 @@ def compile_generator(
     run; and what ``secure.compile`` raises.
     """
     lengths = (prompt,) if isinstance(prompt, int) else tuple(prompt)
-    if isinstance(deployment, Ckks) and lengths == (PROMPT,):
-        lengths, capacity = sizes_of_generator((), 0 if capacity == CAPACITY else capacity, deployment)
     deployment, options = (
         deployment or TwoParty(),
         CompileOptions(embedding, gelu, approximations, fixed_point, network, checked=checked),
     )
+    if deployment.stepwise and lengths == (PROMPT,):
+        lengths, capacity = sizes_of_generator((), 0 if capacity == CAPACITY else capacity, deployment)
     check_generator(deployment, options, lengths, capacity, temperature, draft_length)  # before the model is loaded
     if isinstance(model, str):
         loaded = Generate().load(model, told=told)
@@ -124,11 +123,9 @@ def compile_generator(
     return build_generator(*given, temperature=temperature, draft_length=draft_length)
 
 
-def sizes_of_generator(
-    lengths: Sequence[int], capacity: int, deployment: Deployment | None = None
-) -> tuple[tuple[int, ...], int]:
+def sizes_of_generator(lengths: Sequence[int], capacity: int, deployment: Deployment) -> tuple[tuple[int, ...], int]:
     """Return lengths of prompts and a capacity, where none of them and 0 stand for the defaults of a deployment."""
-    if isinstance(deployment, Ckks):
+    if deployment.stepwise:
         return tuple(lengths), capacity or STEPWISE_CAPACITY
     lengths = tuple(lengths) or (min(PROMPT, max(2, capacity // 2)) if capacity else PROMPT,)
     return lengths, capacity or max(CAPACITY, *(2 * length for length in lengths))
@@ -145,11 +142,10 @@ def check_generator(
     """Raise InvalidInput for a deployment, options, sizes or a greatest temperature that no generator can have."""
     if temperature is not None and not 0 < temperature < math.inf:
         raise InvalidInput(f"a temperature of {temperature} at most", "a number above zero, or None for no samples")
-    if isinstance(deployment, Ckks):
+    deployment.check_writing()
+    if deployment.stepwise:
         _check_stepwise(deployment, options, lengths, capacity, temperature, draft_length)
         return
-    if not isinstance(deployment, CircuitDeployment):
-        raise InvalidInput(f"{deployment.name} does not generate text", "deploy by secret sharing: TwoParty()")
     if options.answer_bits is not None:
         raise InvalidInput("answer_bits mean nothing for a model that generates text", "its answers are tokens")
     deployment.check(options, tokens=True)
@@ -170,9 +166,9 @@ def build_generator(
 ) -> Compiled:
     """Compile a model that ``Generate`` has loaded; see ``compile_generator``."""
     check_generator(deployment, options, lengths, capacity, temperature, draft_length)
-    if isinstance(deployment, Ckks):
+    if deployment.stepwise:
         return _build_stepwise(loaded, deployment, options, capacity, calibration, told)
-    assert isinstance(deployment, CircuitDeployment)  # as was just checked
+    assert isinstance(deployment, CircuitDeployment)  # no other writes texts
     buckets, model = sorted({*lengths}, reverse=True), loaded.module
     _check_model(model, capacity)
     places = not looks_positions_up(model)
@@ -212,7 +208,7 @@ def _labels(loaded: Loaded, capacity: int, known: int) -> dict[str, str]:
 
 def _build_stepwise(
     loaded: Loaded,
-    deployment: Ckks,
+    deployment: Deployment,
     options: CompileOptions,
     capacity: int,
     calibration: Sequence[Sequence[int] | str],
@@ -323,7 +319,7 @@ def _samples(
 
 
 def _check_stepwise(
-    deployment: Ckks,
+    deployment: Deployment,
     options: CompileOptions,
     lengths: Sequence[int],
     capacity: int,
@@ -344,11 +340,6 @@ def _check_stepwise(
         raise InvalidInput(f"{deployment.name} takes one token at a time", "leave --draft-length out")
     if options.answer_bits is not None:
         raise InvalidInput("answer_bits mean nothing for a model that generates text", "its answers are tokens")
-    if not deployment.refresh:
-        raise InvalidInput(
-            f"under {deployment.name} a text takes refreshes, also of what is kept",
-            "--refresh (secure.Ckks(refresh=True))",
-        )
     if capacity < 2 or capacity & (capacity - 1):
         raise InvalidInput(f"a capacity of {capacity} tokens", "a power of two, as ciphertexts sum by doubling")
     deployment.check(options, tokens=True)
