@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -131,8 +131,7 @@ class CkksService(CkksServicer):
 
     def Query(self, requests: Iterator[pb.CkksRequest], context: grpc.ServicerContext) -> Iterator[pb.CkksReply]:
         allowance = Allowance(self.deadline, context.cancel)
-        who, began = caller(context), time.perf_counter()
-        asked = _Requests(requests, allowance)
+        who, asked = caller(context), _Requests(requests, allowance)
         try:
             yield from allowance.sending(self._query(asked, who, context))
         except Error as error:
@@ -144,11 +143,11 @@ class CkksService(CkksServicer):
         finally:
             allowance.stop()
             if asked.answered:  # also if the client left as soon as it had everything
-                self._tell(asked, who, time.perf_counter() - began)
+                self._tell(asked, who)
 
-    def _tell(self, asked: _Requests, who: Caller, seconds: float) -> None:
+    def _tell(self, asked: _Requests, who: Caller) -> None:
         """Tell of a query that was answered."""
-        program = self.program
+        program, seconds = self.program, time.perf_counter() - asked.began
         log.info("query of %s answered in %.2f s", who, seconds, extra=tagged(query=asked.named))
         moved = 1 + len(program.refreshes), program.to_client, program.to_server
         self.events.ended(PhaseEnded(ONLINE, seconds, asked.named, *moved))
@@ -194,7 +193,7 @@ class CkksService(CkksServicer):
         self, query: Running, inputs: list[bytes], requests: _Requests, who: Caller
     ) -> Iterator[pb.CkksReply]:
         """Answer a query; of a model that keeps rows, also those that follow, until the client ends the stream."""
-        program, began = self.program, time.perf_counter()
+        program = self.program
         for left in reversed(range(program.rows + 1)):
             yield from self._answered(query, inputs, requests)
             if not left:
@@ -202,8 +201,8 @@ class CkksService(CkksServicer):
             requests.allowance.left = self.deadline
             if (found := requests.following(program)) is None:
                 return
-            self._tell(requests, who, time.perf_counter() - began)  # of the one that was answered before
-            inputs, began, requests.answered = found, time.perf_counter(), False
+            self._tell(requests, who)  # of the one that was answered before
+            inputs, requests.began, requests.answered = found, time.perf_counter(), False
             requests.named = query_of_ciphertext(inputs[0])
             requests.allowance.left = self.deadline + patience(program.to_server + program.to_client)
 
@@ -298,6 +297,7 @@ class _Requests:
         self._requests, self.allowance = requests, allowance
         self.named = ""  # the query's id, once its inputs are here
         self.answered = False  # whether the last part of the answer was handed over
+        self.began = time.perf_counter()  # the query that runs
 
     def _next(self, what: str) -> pb.CkksRequest:
         message = _next(self._requests, self.allowance, what)
@@ -312,8 +312,10 @@ class _Requests:
         return message.start
 
     def following(self, program: CkksProgram) -> list[bytes] | None:
-        """Read the inputs of a conversation's next query; None if the client ends the stream before them."""
-        first = _next(self._requests, self.allowance, "the inputs of its next query")
+        """Read the inputs of a conversation's next query; None if the client ends, or leaves, before they begin."""
+        first = None
+        with suppress(PeerLost):
+            first = _next(self._requests, self.allowance, "the inputs of its next query")
         if first is None:
             return None
         self._requests = itertools.chain([first], self._requests)

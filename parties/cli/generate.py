@@ -196,9 +196,13 @@ def _size(count: int) -> str:
 def summary(writing: Generation, taken: Sequence[Report], seconds: float, first: float) -> Iterator[str]:
     """Say how a text ended, what it took, and what showed of it."""
     count, steps = len(writing.ids), len(taken)
+    stepwise = taken[0].length == 1  # the prompt was read by steps
     ended = "at its end or at a stop" if writing.finish_reason == STOP else "after --max-new-tokens"
     rate = f", {(steps - 1) / (seconds - first):.3g} a second after the prompt" if steps > 1 < seconds / first else ""
-    ended += f", which {steps - count} more steps hid" if steps > count else ""
+    if stepwise:
+        rate = f", {count - 1} more in {seconds - first:.1f} s" if count > 1 else ""
+    elif steps > count:
+        ended += f", which {steps - count} more steps hid"
     yield f"{count} tokens in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
     if writing.drafted:
         share = f"{writing.agreed} of {writing.drafted} guesses of the draft agreed"
@@ -206,7 +210,7 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     for phase, name in ((ONLINE, "online"), (OFFLINE, "dealt")):
         if said := in_words([each for report in taken for each in report.traffic], phase):
             yield f"{name}: {said}"
-    if taken[0].length == 1:  # a prompt that is read by steps
+    if stepwise:
         yield f"the server saw {steps} steps, a token of the prompt or of the text each, and when each was"
         return
     yield f"the servers saw a prompt of up to {taken[0].length} tokens, {steps} steps, and when each was"
