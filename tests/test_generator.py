@@ -327,7 +327,7 @@ def test_generators_answer_no_single_queries_and_others_generate_nothing() -> No
         ({"capacity": 64}, "63 places at most"),
         ({"calibration": [[60]]}, "integers from 0 to 59"),
         ({"temperature": 0}, "a temperature of 0 at most"),
-        ({"deployment": secure.Ckks()}, "ckks does not generate text"),
+        ({"deployment": secure.Ckks()}, "under ckks a text takes refreshes"),
     ],
 )
 def test_generators_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -54,6 +54,7 @@ class Coefficients:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.evaluator = sealapi.Evaluator(context.seal)
+        self._constants: dict[int, Any] = {}  # zero and the constant second polynomial, by level
 
     def integers(self, plain: Any, level: int) -> Integers:
         """Return the coefficients of a plaintext at a level, between -q/2 and q/2."""
@@ -69,13 +70,30 @@ class Coefficients:
             modulus *= prime
         return np.where(total > modulus // 2, total - modulus, total)
 
+    def added(self, ciphertext: Any, integers: Integers, level: int) -> Any:
+        """Return a ciphertext at a level plus these integer coefficients; the constant polynomial is taken off again.
+
+        A plaintext would have to leave SEAL and come back, which takes as long as all the rest.
+        """
+        residues, out = reduced(integers, self.context.parameters.primes[: level + 1]), sealapi.Ciphertext()
+        if level not in self._constants:
+            self._constants[level] = self._transformed(np.zeros_like(residues), level)
+        given, constant = self._transformed(residues, level), self._constants[level]
+        given.scale = constant.scale = ciphertext.scale
+        self.evaluator.add(ciphertext, given, out)
+        self.evaluator.sub_inplace(out, constant)
+        return out
+
+    def _transformed(self, residues: Words, level: int) -> Any:
+        holder = self._ciphertext(residues, level, ntt=False)
+        self.evaluator.transform_to_ntt_inplace(holder)
+        return holder
+
     def plaintext(self, integers: Integers, level: int) -> Any:
         """Return the plaintext with these coefficients at a level, with that level's scale."""
         p = self.context.parameters
-        residues = reduced(integers, p.primes[: level + 1]).reshape(-1)
-        holder = self._ciphertext(residues, level, ntt=False)
-        self.evaluator.transform_to_ntt_inplace(holder)
-        words = _words(holder)[: len(residues)]
+        residues = reduced(integers, p.primes[: level + 1])
+        words = _words(self._transformed(residues, level))[: residues.size]
         body = struct.pack("<4QQd", *self.context.ids[level], len(words), p.scales[level]) + array(words)
         return self.context.load(sealapi.Plaintext, file(body), "plaintext")
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tenseal import sealapi
 
 from protocols.ckks.codec import Coefficients, Integers
 from protocols.ckks.parameters import Parameters
@@ -78,9 +77,7 @@ class Mask:
         return self._combined(ciphertext, -rescaled(self.integers, scales[self.level], scales[level]), level)
 
     def _combined(self, ciphertext: Any, integers: Integers, level: int) -> Any:
-        out = sealapi.Ciphertext()
-        self.coefficients.evaluator.add_plain(ciphertext, self.coefficients.plaintext(integers, level), out)
-        return out
+        return self.coefficients.added(ciphertext, integers, level)
 
 
 def rescaled(integers: Integers, scale: float, wanted: float) -> Integers:
