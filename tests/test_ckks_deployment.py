@@ -271,7 +271,8 @@ def nested_zstandard(keys: Keys) -> Keys:
     nested = zstandard.compress(b"".join([inner] * 64), 19)
     header = struct.pack("<HB", canonical.MAGIC, 16) + canonical.VERSION + struct.pack("<B2xQ", 2, 16 + len(nested))
     bomb = header + nested
-    return {**keys, "rotate 1": bomb + b"\xff" * (len(keys["rotate 1"]) - len(bomb))}
+    name = next(name for name in keys if name.startswith("rotate"))
+    return {**keys, name: bomb + b"\xff" * (len(keys[name]) - len(bomb))}
 
 
 def without_a_part(c: CkksLink, keys: Keys) -> Keys:
