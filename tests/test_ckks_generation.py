@@ -236,7 +236,7 @@ def test_scores_are_those_of_floating_point_within_the_predicted_error(session: 
 
 
 def test_the_predicted_error_is_no_fantasy(session: Session) -> None:
-    """What is rounded away is most of it, and the rest is not a hundred times what is found."""
+    """What is rounded away is most of it, and the rest is not 300 times what is found in this one step."""
     model = compiled().model
     noise = model.predicted_error - model.program.grain / 2
     link, program = session.link, model.program

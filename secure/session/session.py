@@ -657,9 +657,9 @@ class Session:
                 token = prompt[filled] if filled < len(prompt) else behind
                 with self._open():
                     values = self._clear_values(step_inputs([token], 0, filled, link.program.rows), link)
-                    found = values
-                    if not isinstance(values, Error):
-                        found = self._answer(link, conversation, values, sizes.step, filled, None)
+                    if isinstance(values, Error):  # a step takes place all the same, as of a prompt
+                        failed, values = failed or values, link.program.dummy_values()
+                    found = self._answer(link, conversation, values, sizes.step, filled, None)
                 if isinstance(found, Error):
                     failed = failed or found
                 elif filled >= len(prompt) - 1 and not (over or failed):
