@@ -44,6 +44,11 @@ class _Held(Weights):
                 self._packed[key] = found
         return found
 
+    def pack(self, name: str, ring_bits: int) -> None:
+        """Pack a weight before its first product, so that a process that forks shares it; a diagonal never is."""
+        if self._tensors[name].dim() > 1:
+            self.packed(name, ring_bits)
+
 
 class ServerWeights(_Held):
     """The server's weights: the integers W themselves, so that products use their true signed widths."""

@@ -90,6 +90,8 @@ def test_transposed_matrices_are_read_where_they_lie(rows: int, native: bool, mo
     for w in (weights(61, 50).T, weights(61, 100)[:, ::2].T):  # the second one is copied
         held, expected = Matrix(w, 50, signed=True), (x[:, :, None] * w.to(torch.int64)).sum(1)
         assert held.times(x).equal(ring.reduce(expected, 50))
+    if native and not matmul.native():
+        return  # this processor's kernel packs what is small
     assert isinstance(held._value, Tensor)
     lies = Matrix(weights(61, 50).T, 50, signed=True)._value
     assert isinstance(lies, Tensor)
@@ -449,7 +451,8 @@ def anonymous() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory is a process's own")
 def test_no_memory_grows_with_mapped_weights(tmp_path: Path) -> None:
-    size, count = 2048, 16  # 128 MB
+    size, count = 2176, 14  # 133 MB, of matrices that no kernel packs
+    assert size**2 > matmul._MOST_PACKED
     path = tmp_path / "weights"
     names = [str(n) for n in range(count)]
     with path.open("wb") as file:

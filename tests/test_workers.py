@@ -26,8 +26,11 @@ import secure
 from parties.net.endpoints import OPTIONS, SHARED, Endpoint
 from parties.net.network import Plaintext
 from parties.services import hosting, workers
-from parties.services.hosting import child
+from parties.services.hosting import HostOptions, child
 from parties.services.workers import apart, require_single_thread, reserved, share_of
+from parties.two_party.hosted import TwoPartyHosted
+from protocols import matmul
+from secure.deployments.two_party import SERVER
 from secure.errors import EndpointError, Error, InvalidInput
 from secure.session.session import Session
 from secure.tasks.embed import Embed
@@ -194,6 +197,17 @@ def test_ports_are_shared_on_purpose_alone() -> None:
 def test_the_library_forks_nothing(model: Ready, dealer: Served) -> None:
     with pytest.raises(InvalidInput, match="workers means nothing to the server"):
         secure.serve(model.compiled, role="server", peers={"dealer": dealer.address}, workers=2)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_workers_share_is_made_by_whichever_kernel(
+    model: Ready, native: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A processor without AVX-512 packs matrices before the workers are forked; a diagonal is not one."""
+    monkeypatch.setattr(matmul, "native", lambda: native)
+    options = HostOptions(Plaintext(), state=tmp_path)
+    made = TwoPartyHosted().shared(SERVER, [model.compiled], options)
+    assert bool(made.models[0].weights._packed) is not native
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ class TwoPartyHosted:
         for model in made.models:
             for use in (instruction.protocol.weight_use for instruction in model.program.circuit):
                 if use is not None and use.multiplied:
-                    model.weights.packed(use.name, use.ring)
+                    model.weights.pack(use.name, use.ring)
         return made
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
