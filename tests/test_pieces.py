@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secure
-from approximations import Piece, gelu, piecewise, puma, silu, tanh
+from approximations import Piece, gelu, piecewise, polynomial, puma, silu, tanh
 from approximations.primitives import IDENTITY, ZERO
 from protocols import two_party as tp
 from protocols.fixedpoint import FixedPoint
@@ -23,6 +23,7 @@ from secure.mpc import nonlinear, pieces
 from secure.mpc.pieces import Curve, Precision, Straight
 from secure.mpc.prices import Prices
 from secure.operations.activations import approximate_softplus
+from secure.polynomial.operations import polynomial_operation
 from tests.helpers import FunctionRun, run_function
 
 Function = Callable[[Any], Any]
@@ -97,7 +98,7 @@ def test_curves_are_pieces_less_a_line(
 def test_rounded_coefficients_stay_within_their_bound(
     coefficients: tuple[float, ...], half: float, reads: int, scale: int
 ) -> None:
-    curve = Curve(coefficients, 0.0, half)
+    curve = Curve(coefficients, 0.0, half, half)
     rounded = curve.integers(reads, scale)
     v = torch.linspace(-half, half, 501, dtype=torch.float64)
     used = Piece(tuple(n * 2.0 ** (j * reads - scale) for j, n in enumerate(rounded)))
@@ -235,6 +236,21 @@ def test_any_pieces_under_the_protocol(
         assert float((value - run.floating)[far].abs().max()) <= allowed
 
 
+QUARTIC = Piece((0.0048, 0.4989, 0.2205, -0.0008, -0.0071))
+
+
+@pytest.mark.parametrize("fraction", [12, 16])
+@pytest.mark.parametrize("margin", [0, 1, 2, 3])
+def test_polynomials_without_knots_are_precise_where_values_lie(fraction: int, margin: int) -> None:
+    """The margin, in which they are many times as large, takes no bits from it. (Three bits once cost 0.2.)"""
+    seen = torch.linspace(-3.9, 3.9, 401, dtype=torch.float64)
+    given = torch.cat([seen, torch.linspace(3.9, 5.5 if margin else 3.9, 101, dtype=torch.float64)])
+    fixed = FixedPoint(fraction_bits=fraction, margin_bits=margin)
+    run = run_function(partial(polynomial, piece=QUARTIC), given, fixed_point=fixed, calibration=[[seen]])
+    for value in (run.result, run.fixed):
+        assert float((value - run.floating).abs().max()) < 0.0013 * (1 + margin)
+
+
 # planted faults
 
 
@@ -282,10 +298,15 @@ class _Scaled(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("name", ["gelu", "tanh", "silu"])
+def quartic(x: Tensor) -> Tensor:
+    out: Tensor = polynomial_operation(x, list(QUARTIC.coefficients), 0.0)
+    return out
+
+
+@pytest.mark.parametrize("name", ["gelu", "tanh", "silu", "polynomial"])
 def test_programs_tell_a_hidden_range_to_its_power_of_two_alone(name: str) -> None:
     """The largest argument of calibration ends a curved segment here, and coefficients follow from the segment."""
-    function = FUNCTIONS[name][1]
+    function = quartic if name == "polynomial" else FUNCTIONS[name][1]
     samples = [{"x": x[None]} for x in torch.tensor([[-1.0, -0.5, 0.25, 1.0], [1.0, 0.75, -0.3, -1.0]])]
 
     def digests(weights: Sequence[float], *, checked: bool) -> set[str]:

@@ -134,6 +134,15 @@ class Ranges:
         """Return the range as it was observed, without the margin."""
         return self._low[index], self._high[index]
 
+    def likely(self, index: int) -> tuple[float, float]:
+        """Return where values lie, as far as the ring shows: what the caller promises, or ``bits`` less the margin."""
+        p = self._trace.primitives[index]
+        if (promised := meaning(p).promised) is not None:
+            low, high = promised(p)
+            return float(low), float(high)
+        reach = 2.0 ** self.bits(index) / self._margin
+        return -reach, reach
+
 
 def widened(edge: float, *, down: bool = False) -> float:
     """Round an edge of a range outwards to a quarter of an octave.

@@ -86,10 +86,8 @@ def _nearest_lines(plan: Plan, x: int, p: Primitive) -> list[Straight | None]:
     after = list(accumulate(reversed(pieces), last))[::-1]
 
     def nearest(s: int) -> Straight:
-        low, high = _segment(plan, x, p, s, s)
         return min(
-            (Straight.of(before[s]), Straight.of(after[s])),
-            key=lambda line: Curve.of(pieces[s], low, high, line).largest,
+            (Straight.of(before[s]), Straight.of(after[s])), key=lambda line: _curve(plan, x, p, s, line).largest
         )
 
     return [nearest(s) for s in range(len(pieces))]
@@ -107,12 +105,17 @@ def _segment(plan: Plan, x: int, p: Primitive, first: int, last: int) -> tuple[f
     return min(max(low, -reach), reach), min(max(high, -reach), reach)
 
 
+def _curve(plan: Plan, x: int, p: Primitive, s: int, line: Straight) -> Curve:
+    """Return the curved piece of a segment less a line."""
+    return Curve.of(p.attrs["pieces"][s], *_segment(plan, x, p, s, s), line, plan.ranges.likely(x))
+
+
 def _arranged(plan: Plan, i: int, p: Primitive, lines: Sequence[Straight | None]) -> _Layout:
     """Return the layout that takes ``lines`` from the pieces; None: a curved piece is left as it is."""
     (x,), pieces, settled = p.inputs, p.attrs["pieces"], plan.fraction[i]
     curved = [s for s, piece in enumerate(pieces) if not is_linear(piece)]
     split = any(lines[s] is not None for s in curved)
-    curves = {s: Curve.of(pieces[s], *_segment(plan, x, p, s, s), lines[s] or NOTHING) for s in curved}
+    curves = {s: _curve(plan, x, p, s, lines[s] or NOTHING) for s in curved}
     runs = _runs(lines) or (() if curves else ((0, 0, NOTHING),))  # something must be selected, if only zero
     lift = settled - plan.fraction[x]
     slope_bits = max([0, *(dyadic(line.slope)[1] - lift for _, _, line in runs if line.slope)])

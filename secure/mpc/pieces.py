@@ -60,16 +60,28 @@ def is_linear(piece: Piece) -> bool:
 class Curve:
     """The polynomial sum_j coefficients[j] (x - centre)^j on |x - centre| <= half, the segment of a curved piece.
 
-    The centre is a multiple of 2^-COARSEST, so that it is exact at every scale.
+    The centre is a multiple of 2^-COARSEST, so that it is exact at every scale. near: at most ``half``; what the result
+    is precise for. In a margin beyond a polynomial is many times as large and as steep, and would leave few bits for
+    the coefficients.
     """
 
     coefficients: tuple[float, ...]
     centre: float
     half: float
+    near: float
 
     @staticmethod
-    def of(piece: Piece, low: float, high: float, line: Straight = NOTHING) -> Curve:
-        """Return a piece less a line on [low, high], and one unit of x beyond on either side, as x is rounded."""
+    def of(
+        piece: Piece,
+        low: float,
+        high: float,
+        line: Straight = NOTHING,
+        likely: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Curve:
+        """Return a piece less a line on [low, high], and one unit of x beyond on either side, as x is rounded.
+
+        likely: where most of x is.
+        """
         unit = 2.0**-COARSEST
         centre = round((low + high) / 2 / unit) * unit
         c, moved = list(piece.coefficients), centre - piece.centre
@@ -79,7 +91,9 @@ class Curve:
         c += [0.0] * (2 - len(c))
         c[0] -= line.intercept + line.slope * centre
         c[1] -= line.slope
-        return Curve(tuple(c), centre, max(high - centre, centre - low) + unit)
+        least, most = (min(max(edge, low), high) for edge in likely)
+        near = max(most - centre, centre - least) + unit
+        return Curve(tuple(c), centre, max(high - centre, centre - low) + unit, near)
 
     @property
     def degree(self) -> int:
@@ -92,19 +106,19 @@ class Curve:
 
     @cached_property
     def steepest(self) -> float:
-        """A bound of the magnitude of the derivative."""
-        return _bound(tuple(j * c for j, c in enumerate(self.coefficients))[1:], self.half)
+        """A bound of the magnitude of the derivative, as far as the result is precise."""
+        return _bound(tuple(j * c for j, c in enumerate(self.coefficients))[1:], self.near)
 
     def coarseness(self, reads: int) -> float:
         """Return the bound of the error that rounded coefficients (see ``integers``) make, in units of the result."""
-        reach = self.half * 2.0**reads
+        reach = self.near * 2.0**reads
         return 0.5 + sum(2.0**-j * reach**j for j in range(1, self.degree + 1))
 
     def integers(self, reads: int, scale: int) -> tuple[int, ...]:
         """Return the coefficients for x of ``reads`` fraction bits, and a result of ``scale``.
 
         Rounding a coefficient by d adds d v^j, for v = x - centre. Lower coefficients take up all of it but
-        d 2^(1-j) h^j T_j(v / h), with the half width h and Chebyshev's T_j, the smallest that it can be made.
+        d 2^(1-j) h^j T_j(v / h), for |v| <= h = ``near`` and Chebyshev's T_j, the smallest that it can be made.
         """
         c, out = list(self.coefficients), []
         for j in reversed(range(len(c))):
@@ -112,7 +126,7 @@ class Curve:
             out.append(round(c[j] / unit))
             rest = c[j] - out[-1] * unit
             for k, t in enumerate(_chebyshev(j)[:-1]):
-                c[k] -= rest * t * 2.0 ** (1 - j) * self.half ** (j - k)
+                c[k] -= rest * t * 2.0 ** (1 - j) * self.near ** (j - k)
         return tuple(reversed(out))
 
 
@@ -142,7 +156,7 @@ def holding(magnitude: float, fraction: int) -> int:
 class Precision:
     """The fraction bits of x as polynomials read it, of polynomials, and of the pieces, and the ring of the pieces.
 
-    rounding: a bound of the error of a piece.
+    rounding: a bound of the error of a piece, as far as it is to be precise.
     """
 
     reads: int
