@@ -106,8 +106,9 @@ def _segment(plan: Plan, x: int, p: Primitive, first: int, last: int) -> tuple[f
 
 
 def _curve(plan: Plan, x: int, p: Primitive, s: int, line: Straight) -> Curve:
-    """Return the curved piece of a segment less a line."""
-    return Curve.of(p.attrs["pieces"][s], *_segment(plan, x, p, s, s), line, plan.ranges.likely(x))
+    """Return the curved piece of a segment less a line; one that no knot ends is precise where x is likely to be."""
+    likely = () if p.attrs["knots"] else (plan.ranges.likely(x),)
+    return Curve.of(p.attrs["pieces"][s], *_segment(plan, x, p, s, s), line, *likely)
 
 
 def _arranged(plan: Plan, i: int, p: Primitive, lines: Sequence[Straight | None]) -> _Layout:
