@@ -1,4 +1,4 @@
-"""Pictures of the approximations and their errors for ``docs/approximations.md``, and of a step's costs.
+"""Pictures for the documents: approximations and their errors, a step's costs, the scores of the bias study.
 
 pip install matplotlib
 python -m benchmarks.pictures
@@ -21,6 +21,7 @@ from approximations import gelu, power_scores, reciprocal, sigmoid, silu, tanh
 from approximations.activations import GELU_FORMS
 from approximations.fits import least_squares
 from approximations.powers import power
+from benchmarks.bias import FARTHER, TASKS
 from benchmarks.common import RESULTS
 from protocols import kernels, ring
 from protocols.ring import WORD
@@ -171,11 +172,31 @@ def steps(axes: Any) -> None:
         panel.legend(fontsize=7)
 
 
+def bias(axes: Any) -> None:
+    """Scores of small transformers by length, from benchmarks/results/bias.json: the mean and the spread over seeds."""
+    report = json.loads((RESULTS / "bias.json").read_text())
+    lengths = [report["length"] * factor for factor in FARTHER]
+    for panel, task in zip(axes[0], TASKS, strict=True):
+        for form, scores in report[task].items():
+            mean, low, high = zip(*(scores[f"x{factor}"] for factor in FARTHER), strict=True)
+            style = "-" if form == "softmax" else ":" if form.startswith("shifted") else "--"
+            (line,) = panel.plot(lengths, mean, linestyle=style, marker=".", linewidth=1, label=form)
+            panel.fill_between(lengths, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [str(length) for length in lengths])
+        panel.set_ylim(0, 1.02)
+        panel.set_xlabel("length; trained up to the first")
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("score")
+    axes[0, 0].legend(fontsize=7)
+
+
 def main() -> None:
     where = "GeLU, least squares where MiniLM's arguments lie"
     sheet("activations", ["GeLU, with comparisons", where, "SiLU"], activations)
     sheet("exponentials", ["tanh", "sigmoid", "e^x in attention: powers with a shift"], exponentials)
     sheet("steps", ["online MB of a step", "dealt MB of a step", "rounds of a step"], steps, rows=1)
+    sheet("bias", [*TASKS], bias, rows=1)
     sheet("inverses", ["1/x, exact path", "1/x, polynomials for [0.1, 10]", "1/sqrt(x) on [0.1, 10]"], inverses)
 
 
