@@ -197,6 +197,12 @@ def test_without_certificates_a_key_must_be_known(
         peer.register(model.program, model.masked.mask_seed)
         assert peer.key().fingerprint in mine.about[0]
         peer.close()
+    with secure.serve(role=DEALER, deployment=TwoParty(), state=tmp_path / "other") as mine:
+        peer = DealerPeer(mine.address, Plaintext(), state=tmp_path / "other")
+        assert peer.key().fingerprint in mine.about[0]
+        peer.close()
+        with pytest.raises(DealerError, match=r"has the key .*, not"):  # of the user's usual directory
+            DealerPeer(mine.address, Plaintext(), state=tmp_path / "nowhere").key()
     with pytest.raises(DealerError, match=f"has the key {KEY.public.fingerprint.replace('+', '.')}, not SHA256:.*"):
         secure.connect(deployment, cache=False)
 

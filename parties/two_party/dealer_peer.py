@@ -6,6 +6,7 @@ import hmac
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -48,17 +49,24 @@ class DealerPeer:
     known: the dealer's key: the path of its ``dealer.pub``, the text in it, or its fingerprint. Without it, a network
     that proves roles (TLS) vouches for the key that the dealer itself tells; on one that proves nothing, it must be the
     key of this user's own dealer on this machine, whose state directory has ``dealer.pub``. There is no trust on first
-    use. answering: seconds that the dealer may take for a short answer. Raises InvalidInput for a ``known`` that is no
-    key, EndpointError.
+    use. state: a directory to look at before that one. answering: seconds that the dealer may take for a
+    short answer. Raises InvalidInput for a ``known`` that is no key, EndpointError.
 
     Every call raises DealerError if the dealer cannot be reached, refuses, or does not prove that it opened the seal.
     """
 
     def __init__(
-        self, address: str | Endpoint, network: Network, known: str | None = None, *, answering: float = ANSWERING
+        self,
+        address: str | Endpoint,
+        network: Network,
+        known: str | None = None,
+        *,
+        state: Path | None = None,
+        answering: float = ANSWERING,
     ) -> None:
         self._proves, self._known = network.proves_roles, fingerprint_of(known) if known else None
         self._key: DealerKey | None = None
+        self._state = state
         self._answering = min(answering, ANSWERING)
         self._process = secrets.token_bytes(PROCESS_BYTES)
         self._peer = Peer("the dealer", address, network, role=DEALER, start="unseen dealer")
@@ -87,14 +95,15 @@ class DealerPeer:
         """Return the fingerprint that the key must have; None if the channel has proved who answers."""
         if self._known is not None or self._proves:
             return self._known
-        path = state_directory() / PUBLIC_FILE
-        if not path.exists():
+        places = [state / PUBLIC_FILE for state in (self._state, state_directory()) if state is not None]
+        found = [path for path in places if path.exists()]
+        if not found:
             raise DealerError(
                 f"the key of {self} is not known, and a channel without certificates proves nothing",
                 "copy dealer.pub from the dealer's state directory and give it: --dealer-key "
                 "(secure.TwoParty(dealer_key=...)), or use certificates",
             )
-        return fingerprint_of(str(path))
+        return fingerprint_of(str(found[0]))
 
     # the server's calls
 

@@ -83,7 +83,8 @@ class TwoPartyHosted:
         assert isinstance(deployment, TwoParty)
         if role == DEALER:
             return self._dealer(options)
-        return self._server(held, DealerPeer(peers[DEALER], options.network, deployment.dealer_key), options)
+        dealer = DealerPeer(peers[DEALER], options.network, deployment.dealer_key, state=options.state)
+        return self._server(held, dealer, options)
 
     def shared(self, role: str, held: Any, options: HostOptions) -> Any:
         """Return the weights, packed for the Programs' products, and the masked weights."""
