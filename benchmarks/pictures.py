@@ -173,22 +173,24 @@ def steps(axes: Any) -> None:
 
 
 def bias(axes: Any) -> None:
-    """Scores of small transformers by length, from benchmarks/results/bias.json: the mean and the spread over seeds."""
+    """What small transformers miss by length, from benchmarks/results/bias.json: the mean and the spread over seeds."""
     report = json.loads((RESULTS / "bias.json").read_text())
     lengths = [report["length"] * factor for factor in FARTHER]
     for panel, task in zip(axes[0], TASKS, strict=True):
         for form, scores in report[task].items():
-            mean, low, high = zip(*(scores[f"x{factor}"] for factor in FARTHER), strict=True)
+            missed = [[max(1 - score, 1e-4) for score in scores[f"x{factor}"]] for factor in FARTHER]
+            mean, high, low = zip(*missed, strict=True)
             style = "-" if form == "softmax" else ":" if form.startswith("shifted") else "--"
             (line,) = panel.plot(lengths, mean, linestyle=style, marker=".", linewidth=1, label=form)
             panel.fill_between(lengths, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         panel.set_xscale("log", base=2)
         panel.set_xticks(lengths, [str(length) for length in lengths])
-        panel.set_ylim(0, 1.02)
+        panel.set_yscale("log")
         panel.set_xlabel("length; trained up to the first")
         panel.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("score")
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].set_ylabel("1 - score")
+    axes[0, 0].set_ylim(bottom=1e-5)
+    axes[0, 0].legend(fontsize=6, loc="lower right", ncols=2)
 
 
 def main() -> None:
