@@ -2,8 +2,8 @@
 
     python -m benchmarks.generation DIRECTORY [--text "Once upon a time" ...] [--tokens 100] [--capacity 128]
         [--prompt 16] [--deployment two-party] [--network lan] [--draft-length 4 [--draft DIRECTORY]]
-        [--costs [--write]]
-    python -m benchmarks.generation gpt2 --costs --write
+        [--costs [--capacities 32 128 512 1024] [--write]]
+    python -m benchmarks.generation gpt2 --costs --capacities 32 128 512 --write
 
 DIRECTORY is a causal language model as save_pretrained of transformers writes it, with its tokenizer; gpt2: random
 weights in the shape of GPT-2 base. A token that differs ends the comparison of its text: what follows has another past.
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--draft-length", type=int, default=0)
     parser.add_argument("--draft", type=Path)
     parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--capacities", type=int, nargs="+", default=CAPACITIES)
     parser.add_argument("--write", action="store_true")
     o = parser.parse_args()
     model = gpt2() if str(o.directory) == SHAPE else load_language_model(o.directory)
@@ -147,7 +148,7 @@ def main() -> None:
     report: dict[str, Any] = machine("benchmarks.generation")
     if o.costs:
         most = getattr(model.config, "max_position_embeddings", max(CAPACITIES) + 1) - 1
-        report["steps"] = steps(model, sorted({min(c, most) for c in CAPACITIES}), given)
+        report["steps"] = steps(model, sorted({min(c, most) for c in o.capacities}), given)
         print(json.dumps(report, indent=2))
         if o.write:
             file = RESULTS / "steps.json"

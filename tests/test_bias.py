@@ -85,7 +85,7 @@ def test_forms_are_causal_means(form: str) -> None:
         assert torch.allclose(bias.attend(form, -scores, values), whole, atol=1e-5)
 
 
-def test_a_model_learns_a_little() -> None:
+def test_a_run_tells_scores_at_every_length() -> None:
     found = bias.trained(bias.TASKS["recall"], "softmax", 0, 3, 8)
     assert set(found) == {"seconds", *(f"x{factor}" for factor in bias.FARTHER)}
     assert all(0 <= found[f"x{factor}"] <= 1 for factor in bias.FARTHER)
