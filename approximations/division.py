@@ -36,11 +36,11 @@ def _power_of(x: Tensor, exponent: float) -> Tensor:
 _POWERS = {root: partial(_power_of, exponent=-1 / root) for root in (1, 2)}
 
 
-def _power(x: Value, root: int, low: float, high: float, scale: float) -> Value:
+def _power(x: Value, root: int, low: float, high: float, scale: float, highest: float = 0.0) -> Value:
     if not 0 < low < high:
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
     extra = max(0, math.ceil(-math.log2(scale * high ** (-1 / root))))  # keep small results as precise as large ones
-    if high <= NARROW[root] * low:
+    if max(high, highest) <= NARROW[root] * low:
         return inverse_power(x, root, low, high, scale, extra)
     knots, shrinks, factors, of_mantissa = segments(root, low, high, scale)
     mantissa = piecewise(x, knots, shrinks, low / 128)
@@ -74,9 +74,12 @@ def _dyadic(c: float) -> float:
     return round(c / unit) * unit
 
 
-def reciprocal(x: Value, low: float, high: float) -> Value:
-    """Return 1 / x for low <= x <= high; raises ValueError unless 0 < low < high."""
-    return _power(x, 1, low, high, 1.0)
+def reciprocal(x: Value, low: float, high: float, highest: float = 0.0) -> Value:
+    """Return 1 / x for low <= x <= high; raises ValueError unless 0 < low < high.
+
+    highest: the greatest ``high`` of all sizes of one model, if it has several: one form is chosen for all of them.
+    """
+    return _power(x, 1, low, high, 1.0, highest)
 
 
 def rsqrt(x: Value, low: float, high: float, scale: float = 1.0) -> Value:

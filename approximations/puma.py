@@ -61,23 +61,24 @@ def exp_neg(y: Value) -> Value:
     return power
 
 
-def _exponentials(x: Value) -> tuple[Value, Value]:
+def _exponentials(x: Value, longest: int) -> tuple[Value, Value]:
     """Return the powers of a row and the reciprocal of their sum, by Algorithm 2."""
     e = exp_neg(maximum(x, TOLERANCE) - x + EPS)
     n = x.shape[-1]
     total = bounded(e.sum(-1, keepdim=True), 0.0, n * math.exp(TOLERANCE))
-    return e, reciprocal(total, 0.99, n * math.exp(TOLERANCE))
+    most = math.exp(TOLERANCE)
+    return e, reciprocal(total, 0.99, n * most, longest * most)
 
 
-def softmax(x: Value) -> Value:
-    """Return softmax over the last dimension."""
-    e, inverse = _exponentials(x)
+def softmax(x: Value, longest: int = 0) -> Value:
+    """Return softmax over the last dimension; ``longest`` as in our own form."""
+    e, inverse = _exponentials(x, longest)
     return e * inverse
 
 
-def attend(scores: Value, values: Value) -> Value:
+def attend(scores: Value, values: Value, longest: int = 0) -> Value:
     """Return softmax(scores) @ values; as in our own form, the division comes after the product."""
-    e, inverse = _exponentials(scores)
+    e, inverse = _exponentials(scores, longest)
     return (e @ values) * inverse
 
 

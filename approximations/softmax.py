@@ -19,7 +19,7 @@ LOWEST = 0.9 * math.exp(-SLACK)  # of a row's sum
 KEPT = 14  # fraction bits of the values: one more than the scores have when they are opened, which moves terms more
 
 
-def _exponentials(x: Value) -> tuple[Value, Value]:
+def _exponentials(x: Value, longest: int) -> tuple[Value, Value]:
     """Return the terms, and the reciprocal of their sum.
 
     The sum is at least LOWEST, however many terms it has. The largest one is at least e^-SLACK - 1.5e-5 as the
@@ -30,19 +30,22 @@ def _exponentials(x: Value) -> tuple[Value, Value]:
     n = x.shape[-1]
     e = exp_below(x, row_bound(x, SLACK), EXTRA)
     total = bounded(e.sum(-1, keepdim=True), 0.0, float(n))
-    return e, reciprocal(total, LOWEST, float(n))
+    return e, reciprocal(total, LOWEST, float(n), float(longest))
 
 
-def softmax(x: Value) -> Value:
-    """Return softmax over the last dimension."""
-    e, inverse = _exponentials(x)
+def softmax(x: Value, longest: int = 0) -> Value:
+    """Return softmax over the last dimension.
+
+    longest: the most entries of a row at any size of the model, if it has several. So all have the same primitives.
+    """
+    e, inverse = _exponentials(x, longest)
     return e * inverse
 
 
-def attend(scores: Value, values: Value) -> Value:
-    """Return softmax(scores) @ values, dividing after the product.
+def attend(scores: Value, values: Value, longest: int = 0) -> Value:
+    """Return softmax(scores) @ values, dividing after the product; ``longest`` as in ``softmax``.
 
     So a row takes as many multiplications as the head is wide, instead of as many as the row is long.
     """
-    e, inverse = _exponentials(scores)
+    e, inverse = _exponentials(scores, longest)
     return precise_matmul(e, values, EXTRA, KEPT) * inverse

@@ -128,6 +128,8 @@ def lower_sizes(
     seen = _observed(sizes, made, told)
     told(0, 0, "lowering")
     fixed = _fixed([parameters for _, parameters in graphs.values()])
+    shapes = zip(*([node.shape for node in graph.nodes] for graph, _ in graphs.values()), strict=True)
+    rows = [max(max(shape[-1:], default=0) for shape in each) for each in shapes]
     return [
         lower(
             graph,
@@ -139,6 +141,7 @@ def lower_sizes(
             public=public,
             room=room,
             fixed=fixed,
+            rows=rows,
         )
         for (graph, parameters), size in zip(made, sizes, strict=True)
     ]

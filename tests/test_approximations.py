@@ -500,6 +500,16 @@ def test_calibration_needs_an_input() -> None:
     assert ranges.bits(0) == 5
 
 
+def test_ranges_are_those_of_the_same_primitives() -> None:
+    trace, longer = Trace(), Trace()
+    trace.input("x", (3,))
+    longer.input("x", (5,)).sum(-1)
+    parts = [Ranges.calibrate(trace, [{"x": torch.full((3,), value)}], {}, 0) for value in (-2.0, 3.0)]
+    assert Ranges.united(parts, trace).seen(0) == (-2.0, 3.0)
+    with pytest.raises(ValueError, match="computes in another way at another size\nhint: compile it"):
+        Ranges.united(parts, longer)
+
+
 # primitives of traces
 
 

@@ -365,3 +365,14 @@ class Squares(nn.Linear):
 def test_what_is_kept_is_for_products() -> None:
     with pytest.raises(UnsupportedOperation, match="keys or values that are kept"):
         secure.compile(Squares(3, 3), {"input": torch.ones(1, 2, 3)})
+
+
+@pytest.mark.parametrize("approximations", ["default", "puma"])
+def test_a_step_of_long_rows_and_a_short_prompt_are_one_model(approximations: str) -> None:
+    """Above 540 scores the reciprocal of a row's sum has another form: then all sizes have it."""
+    torch.manual_seed(3)
+    model = llama(num_hidden_layers=1, max_position_embeddings=1024).eval()
+    texts = torch.randint(VOCABULARY, (2, 600)).tolist()
+    made = secure.compile_generator(model, prompt=4, capacity=600, calibration=texts, approximations=approximations)
+    with secure.insecure_in_process(made) as session:
+        assert list(session.generate([1, 7, 9], 3, ignore_end=True)) == continued(model, [1, 7, 9], 3)

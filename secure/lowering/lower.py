@@ -83,17 +83,28 @@ def lower(
     device: str = "cpu",
     room: Room | None = None,
     fixed: Collection[str] = (),
+    rows: Sequence[int] = (),
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
     device: "meta" if the parameters are shapes alone. room: for weights that are kept although they can be made again.
-    fixed: parameters that are the same at all sizes of the model.
+    fixed: parameters that are the same at all sizes of the model. rows: of each node the longest row at any size.
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
         raise InvalidInput(f"unknown embedding {embedding!r}", f"one of {', '.join(EMBEDDINGS)}")
     return Lowering(
-        graph, parameters, seen, margin_bits, embedding, functions, public=public, device=device, room=room, fixed=fixed
+        graph,
+        parameters,
+        seen,
+        margin_bits,
+        embedding,
+        functions,
+        public=public,
+        device=device,
+        room=room,
+        fixed=fixed,
+        rows=rows,
     ).run()
 
 
@@ -124,6 +135,7 @@ class Lowering:
         device: str = "cpu",
         room: Room | None = None,
         fixed: Collection[str] = (),
+        rows: Sequence[int] = (),
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
         self.embedding, self.functions, self.public = embedding, functions, public
@@ -137,7 +149,7 @@ class Lowering:
         self._readers = graph.consumers()
         self._trace = Trace()
         self._symbols: dict[int, Symbol] = {}  # by shared node
-        self._fixed, self._common = fixed, set[str]()
+        self._fixed, self._common, self._rows = fixed, set[str](), rows
         room = room or Room()
         self._known = Made[int](room)  # by node of the server's or public
         self._weights = Made[str](room)
@@ -313,6 +325,10 @@ class Lowering:
     def measured(self, node: Node) -> tuple[float, float]:
         """Return the (smallest, largest) entry of the tensor that the node's operation observes."""
         return self.seen.measured[node.id]
+
+    def longest(self, node: Node) -> int:
+        """Return the most entries that a row (the last dimension) of a node has at any size of the model."""
+        return self._rows[node.id] if self._rows else node.shape[-1]
 
     # normalizations
 

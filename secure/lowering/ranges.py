@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -79,7 +80,17 @@ class Ranges:
 
     @classmethod
     def united(cls, parts: Sequence[Ranges], trace: Trace) -> Ranges:
-        """Return ranges for a trace that hold those of all parts, whose traces have the same primitives."""
+        """Return ranges for a trace that hold those of all parts, whose traces have the same primitives.
+
+        Raises InvalidInput if they have not: then no range could be told from another's.
+        """
+        for part in parts:
+            for p, q in zip_longest(part._trace.primitives, trace.primitives):
+                if p is None or q is None or (p.op, p.where) != (q.op, q.where):
+                    raise InvalidInput(
+                        f"{(p or q).where}: the model computes in another way at another size",
+                        "compile it for each size on its own",
+                    )
         whole = cls(trace, 0)
         whole._margin = parts[0]._margin
         whole._low = [min(lows) for lows in zip(*(part._low for part in parts), strict=True)]

@@ -38,7 +38,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     if reader is not None and reader.op == "matmul":
         to.scores[node.id] = x
         return x
-    weights: Symbol = to.functions.softmax(x)
+    weights: Symbol = to.functions.softmax(x, to.longest(node))
     return weights
 
 

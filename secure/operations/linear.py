@@ -144,7 +144,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     """Divide by a preceding softmax's sums here, where fewer entries are to be divided."""
     left, right = node.inputs
     if left in to.scores:
-        attended: Symbol = to.functions.attend(to.scores[left], to.symbol(right))
+        attended: Symbol = to.functions.attend(to.scores[left], to.symbol(right), to.longest(to.graph.nodes[left]))
         return attended
     return to.symbol(left) @ to.symbol(right)
 
