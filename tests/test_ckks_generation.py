@@ -27,7 +27,7 @@ from protocols.ckks.schedule import Price, Schedule, schedule
 from protocols.ckks.seal import Client, Context, EvaluationKeys
 from secure.ckks import kept as kept_form
 from secure.ckks.program import CkksProgram
-from secure.errors import InputTooLong, InvalidInput, PeerLost
+from secure.errors import Busy, InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.models.decoder import step_inputs
 from secure.polynomial.forms import freeze_untrained
 from secure.polynomial.recipe import Recipe
@@ -350,3 +350,62 @@ def test_a_conversation_only_goes_on(connected: Session) -> None:
 def test_a_prompt_that_is_too_long_says_so(session: Session) -> None:
     with pytest.raises(InputTooLong, match="take 5 steps"):
         session.generate([5] * 5, 1).complete()
+
+
+def test_a_busy_server_is_asked_again(connected: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that has not begun loses nothing; one that has would, and ends."""
+    link: Any = connected.link
+    answer, refusals = type(link)._answer, [2]
+
+    def busy(self: Any, *given: Any) -> Any:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise Busy("all places are taken", after=0.01)
+        return answer(self, *given)
+
+    monkeypatch.setattr(type(link), "_answer", busy)
+    text = connected.generate([5], 2, ignore_end=True)
+    assert (next(text), refusals) == (text.ids[0], [0])
+    refusals[0] = 1
+    with pytest.raises(PeerLost, match="has ended"):
+        text.complete()
+
+
+def test_a_program_of_more_rows_than_its_masks_have_is_refused() -> None:
+    document = json.loads(compiled().program.encoded)
+    document["rows"] = 2**30
+    with pytest.raises(InvalidProgram, match="reads 1073741824 rows, none of its inputs"):
+        CkksProgram.from_bytes(json.dumps(document).encode())
+
+
+def test_a_program_shows_calibration_coarsely() -> None:
+    """Its unit and the ranges of its inputs are powers of 2^(1/4), and no value of one text."""
+    program = compiled().program
+    shown = [program.output_unit, *(abs(edge) for pair in program.ranges.values() for edge in pair)]
+    assert all(abs(quarters - round(quarters)) < 1e-9 for quarters in (4 * math.log2(value) for value in shown))
+
+
+def test_results_beyond_twice_the_largest_are_no_answer() -> None:
+    program = compiled().program
+    slots = [np.where(row == 0, 1.9, 0.0) for row in program.output]
+    assert program.decode(slots)["output"].flatten()[0] == pytest.approx(1.9 * program.output_unit, rel=1e-2)
+    with pytest.raises(InvalidInput, match="it is not an answer"):
+        program.decode([1.1 * row for row in slots])
+
+
+def test_short_texts_leave_no_row_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps behind the longest text that is given are those of texts which the model writes."""
+    measured = list[int]()
+
+    def build(self: Any, model: Any, example: Any, whole: Any, texts: Any, *_: Any) -> Any:
+        measured.extend(len(text) for text in texts)
+        raise InvalidInput("enough")
+
+    monkeypatch.setattr(secure.Ckks, "build_step", build)
+    for given, lengths in (([[5, 7]], {2, CAPACITY}), ([[5, 7], [1, 2, 3, 4]], {2, 4})):
+        measured.clear()
+        with pytest.raises(InvalidInput, match="enough"):
+            secure.compile_generator(
+                polynomial(), calibration=given, capacity=CAPACITY, embedding="client-table", deployment=CKKS
+            )
+        assert {*measured} == lengths

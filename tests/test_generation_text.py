@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from secure.deployments.deployment import CompileOptions
 from secure.deployments.generator import build_generator, held_out_texts
 from secure.deployments.self_test import self_test
 from secure.deployments.two_party import TwoParty
-from secure.errors import InputTooLong, InvalidInput, PeerLost
+from secure.errors import InputTooLong, InvalidInput, InvalidProgram, PeerLost
 from secure.models import chat
 from secure.models.causal import load_causal
 from secure.models.chat import rendered
@@ -28,6 +29,7 @@ from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.settings import MAXIMUM_TEMPLATE, TOKEN, TaskSettings, WritingSettings, settings_of
 from secure.models.tokenizer_document import read_tokenizer
 from secure.models.tokens import TextTokenizer
+from secure.session.generation import Prepared
 from secure.tasks.generate import Generate
 from tests.writers import BEGIN, END, TEMPLATE, made_tokenizer, scripted, tokenizer_of, write_writer
 
@@ -469,3 +471,63 @@ def test_a_model_that_writes_other_tokens_is_refused(tmp_path: Path) -> None:
         head.neg_()
     with pytest.raises(InvalidInput, match=r"gives other answers .* of 3 tokens are the original's"):
         self_test(compiled, held_out_texts(loaded, None))
+
+
+# prompts that are read token by token
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"prompt": "a" * 80},
+        {"prompt": [{"role": "user", "content": "a"}], "template": "{{ raise_exception('no') }}"},
+    ],
+    ids=["too long", "the template refuses"],
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_prompt_that_a_tokenizer_refuses_takes_steps_as_others_do(wanted: dict[str, Any], hidden: bool) -> None:
+    given = dict(wanted)
+    session, asked = scripted([], tokenizer_of("bytes"), stepwise=True, template=given.pop("template", TEMPLATE))
+    with pytest.raises(InvalidInput):
+        session.generate(**given, max_new_tokens=4, hide_length=hidden).complete()
+    assert [int(each["input_ids"]) for each in asked] == [0] * (40 if hidden else 1)
+    assert {each["attention_mask"].shape[-1] for each in asked} == {41}
+
+
+def test_a_text_that_its_client_cannot_read_hides_its_length_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, asked = scripted([9] * 40, tokenizer_of("bytes"), stepwise=True)
+
+    def broken(*_: Any) -> NoReturn:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Prepared, "add", broken)
+    with pytest.raises(InvalidProgram, match="fails on this input: ZeroDivisionError"):
+        session.generate([5, 7], 4, hide_length=True).complete()
+    assert len(asked) == 40
+
+
+def test_the_time_of_steps_on_ciphertexts_does_not_depend_on_the_text() -> None:
+    session, asked = scripted([9] * 40, tokenizer_of("bytes"), stepwise=True, pace=0.05)
+    began = time.monotonic()
+    session.generate([5, 7], 3, ignore_end=True).complete()
+    assert len(asked) == 4
+    assert time.monotonic() - began >= 0.05 + 3 * 0.01
+
+
+def test_a_text_that_is_left_gives_up_its_place_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = scripted([9] * 40, stepwise=True)
+    left = list[Any]()
+    monkeypatch.setattr(type(session.link), "leave", lambda self, conversation: left.append(conversation))
+    gc.disable()
+    try:
+        text = session.generate([5], 4)
+        next(text)
+        assert not left
+        del text
+        assert len(left) == 1
+        text = session.generate([5], 4)
+        next(text)
+        text.close()
+        assert (len(left), text.ids, list(text)) == (2, [9], [])
+    finally:
+        gc.enable()

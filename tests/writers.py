@@ -13,7 +13,7 @@ import torch
 from secure.cost.traffic import ONLINE, Traffic
 from secure.errors import InvalidInput, OutOfRange
 from secure.lowering.client_inputs import GENERATE, MOST_ROWS, SETTINGS, TASK
-from secure.models.decoder import DRAFT_LENGTH
+from secure.models.decoder import DRAFT_LENGTH, STEPWISE
 from secure.models.settings import TOKEN, TaskSettings, WritingSettings
 from secure.models.tokenizer_document import read_tokenizer
 from secure.models.tokens import TextTokenizer
@@ -125,6 +125,8 @@ class _Program:
         return values
 
     def decode(self, results: Sequence[Any]) -> dict[str, Any]:
+        if STEPWISE in self.labels:  # the client chooses by scores
+            return {"output": torch.nn.functional.one_hot(results[0], int(self.labels["vocabulary"])).double()}
         return {"token": results[0]}
 
     def check_results(self, results: Sequence[Any]) -> None:
@@ -177,17 +179,23 @@ def scripted(
     pace: float = 0.0,
     capacity: int = 40,
     draft_length: int = 0,
+    stepwise: bool = False,
 ) -> tuple[Session, list[Mapping[str, Any]]]:
-    """A session whose model says what the script says, and the inputs of the queries that it was asked."""
+    """A session whose model says what the script says, and the inputs of the queries that it was asked.
+
+    stepwise: prompts are read token by token.
+    """
+    lengths = () if stepwise else lengths
     vocabulary = tokenizer.tokenizer.get_vocab_size() if tokenizer else 60
     settings = TaskSettings(TOKEN, writing=WritingSettings(tuple(ends), template, BEGIN, END))
     labels = {TASK: GENERATE, SETTINGS: settings.encoded, MOST_ROWS: str(capacity), "vocabulary": str(vocabulary)}
     labels |= {DRAFT_LENGTH: str(draft_length)} if draft_length else {}
+    labels |= {STEPWISE: "scores"} if stepwise else {}
     state = SimpleNamespace(script=script if callable(script) else list(script), asked=[])
     links = {}
     for length in (*lengths, 1, *([draft_length] if draft_length else [])):
         program = _Program(length, labels, frozenset(refuses))
         links[program.digest] = ScriptLink(program, tokenizer, state)
     offers = [Offer.of(link.program) for link in links.values()]
-    main = links[f"digest {max(lengths)}"]
+    main = links[f"digest {max(lengths, default=1)}"]
     return Session(main, pace=pace, open=links.__getitem__, offers=offers), state.asked

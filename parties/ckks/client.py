@@ -36,7 +36,7 @@ from secure.ckks.client import ClientQuery
 from secure.ckks.program import CkksProgram
 from secure.cost.traffic import ONCE, Traffic
 from secure.deployments.ckks import CLIENT, SERVER, Ckks, report
-from secure.errors import InvalidInput, PeerLost, ProtocolError, printable
+from secure.errors import Busy, InvalidInput, PeerLost, ProtocolError, printable
 from secure.session.link import Ahead, Link, Report
 
 LARGEST_KEY = 1 << 26  # bytes of the file in which a client keeps its secret key
@@ -149,6 +149,9 @@ class CkksLink(Link):
         except InvalidCiphertext as error:
             self.leave(conversation)
             raise ProtocolError(f"{self._server} sent no ciphertext of this Program: {error}") from None
+        except Busy:  # it may be asked again, if there is nothing yet that it would have to know
+            conversation.close(again=not conversation.filled)
+            raise
         except BaseException:
             self.leave(conversation)
             raise
@@ -273,12 +276,14 @@ class _EncryptedText:
         if rows not in (None, self.filled):
             raise InvalidInput(f"a query behind {rows} of {self.filled} rows", "on ciphertexts a text only goes on")
 
-    def close(self) -> None:
+    def close(self, *, again: bool = False) -> None:
+        """End the call. again: the next query opens another one."""
         if not self._closed:
-            self._closed = True
+            self._closed = not again
             self.outbox.put(None)
             if self.replies is not None:
                 self.replies.close()
+            self.outbox, self.replies = queue.SimpleQueue(), None
 
 
 def _put(outbox: queue.SimpleQueue[pb.CkksRequest | None], ciphertexts: Sequence[bytes]) -> None:

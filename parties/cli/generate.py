@@ -22,7 +22,7 @@ from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.chat import CONTENT, ROLE
 from secure.mpc.network import NETWORKS, NetworkSpeed, find_apart
-from secure.session.generation import STOP, Generation, Sizes
+from secure.session.generation import STOP, Generation, Sizes, hidden_steps
 from secure.session.link import Report
 from secure.session.session import Session
 from secure.tasks.generate import Generate
@@ -59,7 +59,10 @@ def generate(
     ] = False,
     hide_length: Annotated[
         bool,
-        typer.Option("--hide-length", help="Take --max-new-tokens steps whatever the text is, so that none shows."),
+        typer.Option(
+            "--hide-length",
+            help="Take --max-new-tokens steps (on ciphertexts, the capacity) whatever the text is, so that none shows.",
+        ),
     ] = False,
     temperature: Annotated[
         float,
@@ -112,7 +115,7 @@ def generate(
         for line in prices(deployment, session, asked, drafted=draft is not None):
             say(f"unseen {VERB}: {line}")
         if hide_length:
-            say(f"unseen {VERB}: {count} steps are taken, whatever the text is")
+            say(f"unseen {VERB}: {hidden_steps(session.program.labels, count)} steps are taken, whatever the text is")
         told(0, 0, "the prompt")
         began, first = time.monotonic(), 0.0
         with _kept(writing, session, text, as_json=connecting.as_json):

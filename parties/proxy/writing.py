@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 
 from secure.session.generation import Generation
@@ -40,11 +41,12 @@ class WrittenText:
     def write(self, session: Session, heard: Callable[[], None]) -> int:
         """Write it, in a worker's thread; return the tokens of its prompt. heard: called after queries."""
         text, sent = self._begin(session), 0
-        for _ in text:
-            if self._gone.is_set() and not self._hidden:
-                break
-            sent = self._send(text, sent)
-            heard()
+        with closing(text):
+            for _ in text:
+                if self._gone.is_set() and not self._hidden:
+                    break
+                sent = self._send(text, sent)
+                heard()
         self._send(text, sent)
         self._put(Ended(text.finish_reason or "stop", text.prompt_tokens, len(text.ids)))
         return text.prompt_tokens

@@ -34,6 +34,7 @@ from secure.errors import DoesNotFit, DoesNotPack, InvalidInput, UnsupportedOper
 from secure.frontend import Size, lower_model, lower_sizes
 from secure.lowering.client_inputs import tables_label
 from secure.lowering.lower import Lowered, Sample
+from secure.lowering.ranges import widened
 from secure.lowering.trace import Symbol, Trace, evaluate
 from secure.progress import Told, counted, silent
 
@@ -425,15 +426,35 @@ def _check_steps(
     lowered: Lowered, packed: PackedModel, timed: Schedule, inputs: Sequence[Mapping[str, Tensor]], most: float
 ) -> None:
     """Raise AssertionError unless the packed circuit computes what the trace does, up to ``most`` of a unit."""
-    output, names = _output(lowered).id, [p.attrs["name"] for p in lowered.trace.primitives if p.op == "keep"]
+    output, keeps = _output(lowered).id, {i: p for i, p in enumerate(lowered.trace.primitives) if p.op == "keep"}
+    new, kept_in_slots = dict[str, Array](), dict[str, Vector]()
+
+    def look(i: int, value: Tensor) -> None:
+        if i in keeps:
+            new[keeps[i].attrs["name"]] = value[..., -1, :].reshape(-1).numpy()
+
+    def look_at_slots(i: int, value: Vector) -> None:
+        if (node := timed.circuit.nodes[i]).op == "keep":
+            kept_in_slots[node.name] = value
+
     for sample in inputs:
-        kept = {name: sample[name] for name in names}
-        (wanted,) = evaluate(lowered.trace, sample, lowered.weights, outputs=[output], kept=kept)
+        kept = {p.attrs["name"]: sample[p.attrs["name"]] for p in keeps.values()}
+        (wanted,) = evaluate(lowered.trace, sample, lowered.weights, look, outputs=[output], kept=kept)
         exact, found = wanted.reshape(-1).numpy() / packed.output_unit, np.full(wanted.numel(), np.inf)
-        for row, slots in zip(packed.output, clear(timed.circuit, _slots(packed, sample)), strict=True):
+        for row, slots in zip(packed.output, clear(timed.circuit, _slots(packed, sample), look_at_slots), strict=True):
             found[row[row >= 0]] = slots[row >= 0]
         if not np.abs(found - exact).max() <= most:
             raise AssertionError(f"the packed step is off by {np.abs(found - exact).max():.2g} of its largest score")
+        for each, (
+            name,
+            content,
+            unit,
+        ) in packed.kept.items():  # a head's new row, wherever its rows stand
+            rows, features = kept[name].shape[-2:]
+            used = content[content >= 0]
+            exact = new[name][used // (rows * features) * features + used % features] / unit
+            if not np.abs(kept_in_slots[each][content >= 0] - exact).max() <= most:
+                raise AssertionError(f"the packed step keeps another row of {name} than the model")
 
 
 def _simulated(timed: Schedule, parameters: Parameters, slots: Mapping[str, Vector], seed: int) -> Array:
@@ -467,7 +488,7 @@ def _ranges(lowered: Lowered, inputs: Sequence[Mapping[str, Tensor]], told: Told
 
 
 def _reach(lowered: Lowered, ranges: Sequence[Range], name: str, *, every: bool = False) -> tuple[float, float]:
-    """Return the range allowed for an input: its calibrated range, with 5 % of room on both sides.
+    """Return the range allowed for an input: its calibrated range, with 5 % of room on both sides or a little more.
 
     every: a text may have any token, whether calibration met it or not.
     """
@@ -478,7 +499,11 @@ def _reach(lowered: Lowered, ranges: Sequence[Range], name: str, *, every: bool 
         i = next(i for i, p in enumerate(lowered.trace.primitives) if p.op == "input" and p.attrs["name"] == name)
         low, high = ranges[i].low, ranges[i].high
     room = 0.05 * max(high - low, 1e-6)
-    return low - room, high + room
+    low, high = low - room, high + room  # rounded outwards: exact ones would tell a value of one calibration input
+    return (
+        -widened(-low) if low < 0 else widened(low, down=True) if low else 0.0,
+        widened(high) if high > 0 else -widened(-high, down=True) if high else 0.0,
+    )
 
 
 def _cube(lowered: Lowered, slots: int) -> Cube:

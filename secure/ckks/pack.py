@@ -26,6 +26,7 @@ from secure.ckks.rules import Chain
 from secure.ckks.rules import linear as linear_rule
 from secure.errors import UnsupportedOperation
 from secure.lowering.primitives import Primitive
+from secure.lowering.ranges import widened
 from secure.lowering.trace import Trace
 
 DIRECT, SPREAD = 160, 400  # diagonals above which a map takes another route
@@ -87,7 +88,7 @@ class Packer:
         value, cube = self.values[output], self.cube
         rows = int(np.prod(value.shape[:-1]))
         content = once(cube.dense(rows, value.shape[-1]))
-        unit = self.ranges[output].magnitude
+        unit = widened(self.ranges[output].magnitude)
         # always through diagonals, as these are zero in slots that hold no element of the output
         self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
         return PackedModel(self.circuit, self.views, self.kept, content, unit)

@@ -153,6 +153,9 @@ class CkksProgram:
         """Check all that a client relies on before it makes keys for another's Program. Raises InvalidProgram."""
         check_client_part(self.client_graph, self.client_inputs, self.labels)
         levels = [*(level for _, level, _ in self.views.values()), *(v for stage in self.refreshes for v in stage)]
+        # a client makes masks of so many rows before it compares shapes
+        if self.rows and all(node.shape[-1:] != (self.rows + 1,) for node in self.client_graph.inputs.values()):
+            raise InvalidProgram(f"the Program reads {self.rows} rows, none of its inputs masks so many")
         names = {c.name for c in self.client_inputs}
         sizes = {c.name: math.prod(c.shape) for c in self.client_inputs}
         known = all(
@@ -290,7 +293,7 @@ class CkksProgram:
         for row, values in zip(self.output, slots, strict=True):
             used = row >= 0
             out[row[used]] = values[used]
-        if not np.isfinite(out).all() or np.abs(out).max() > 2.0 * HEADROOM:
+        if not np.isfinite(out).all() or np.abs(out).max() > HEADROOM:
             raise InvalidInput(
                 f"the result decrypts to {np.abs(out).max() * self.output_unit:.4g}, calibrated outputs end at "
                 f"{self.output_unit:.4g}: it is not an answer\n"

@@ -225,7 +225,9 @@ def _build_stepwise(
     texts = [list(text)[:capacity] for text in _token_ids(calibration, loaded.tokenizer)]
     texts = texts or written(model, capacity, told)
     _check_texts(texts, known := vocabulary(model))
-    whole = [text for text in texts if len(text) == capacity] or written(model, capacity, told)
+    if not (whole := [text for text in texts if len(text) == capacity]):  # no later row would be measured
+        whole = written(model, capacity, told)
+        texts = [*texts, *whole]
     rows = capacity - 1
     made = deployment.build_step(
         ScoringDecoder(model),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import operator
 import re
 import secrets
+import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,6 +136,11 @@ def writing(offers: Sequence[Offer], labels: Mapping[str, str], prompt: Sequence
             f"{room} at most; compile with a greater capacity",
         )
     return Writing(found, sizes.step, sizes.verify, sizes.capacity, error)
+
+
+def hidden_steps(labels: Mapping[str, str], count: int) -> int:
+    """Return the steps that a text of ``count`` tokens takes at most if its length is hidden."""
+    return _number(labels.get(MOST_ROWS, "")) if STEPWISE in labels else count
 
 
 def temperature_for(labels: Mapping[str, str], wanted: float) -> float | None:
@@ -373,16 +379,19 @@ class Generation(Iterator[Any]):
     model chose too.
 
     What came before a failure stays in ``ids`` and ``text``. The text cannot go on after it, as what the parties keep
-    of it is lost with them; a new one can begin with all of it as its prompt.
+    of it is lost with them; a new one can begin with all of it as its prompt. A text that is left in the middle keeps
+    its place at the servers until ``close``, or until nothing holds it.
     """
 
-    def __init__(self, steps: Callable[[Generation], Iterator[None]], *, in_text: bool) -> None:
+    def __init__(self, steps: Callable[[Generation], Generator[None]], *, in_text: bool) -> None:
         self.ids: list[int] = []
         self.text = ""
         self.prompt_tokens = 0
         self.finish_reason: str | None = None
         self.drafted = self.agreed = 0
-        self._in_text, self._steps, self._pieces = in_text, steps(self), deque[Any]()
+        self._in_text, self._pieces = in_text, deque[Any]()
+        # no cycle: a text that nobody holds ends at once, and its place at the servers is free
+        self._steps = steps(weakref.proxy(self))
 
     def __iter__(self) -> Generation:
         return self
@@ -399,6 +408,10 @@ class Generation(Iterator[Any]):
                     raise
                 raise type(error)(f"after {len(self.ids)} tokens: {error}\n{GO_ON}") from None
         return self._pieces.popleft()
+
+    def close(self) -> None:
+        """Leave the text where it is: its place at the servers is free, and no more of it comes."""
+        self._steps.close()
 
     def complete(self) -> Generation:
         """Wait for the whole text, and return this."""

@@ -34,7 +34,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,6 +72,7 @@ from secure.session.generation import (
     Wanted,
     chosen,
     drafting,
+    hidden_steps,
     room,
     sizes_for,
     steps_of,
@@ -596,9 +597,10 @@ class Session:
         or token ids. It may have up to the greatest length of a prompt in tokens. stop: strings before which the text
         ends, and tokens with which it does. So it does with the tokens that end texts of this model, unless
         ``ignore_end``. hide_length: queries go on after that, on zeros, so that the servers see ``max_new_tokens`` of
-        them whatever the text is. They run while one iterates to the end. temperature: 0 takes the most likely tokens;
-        more draws them, if the model was compiled for that, and nobody else learns at which temperature. The noise is
-        new in every query, and no seed repeats it.
+        them whatever the text is (or where prompts are read token by token, as many as there is room for). They run
+        while one iterates to the end. temperature: 0 takes the most likely tokens; more draws them, if the model was
+        compiled for that, and nobody else learns at which temperature. The noise is new in every query, and no seed
+        repeats it.
         draft: a small public model with the same tokens, the directory of one or a model as its class makes it, which
         runs here and guesses what comes next. One query then checks several tokens, and gives those on which the served
         model agrees and one more; the text is the one that it writes anyway, or a sample with the same probabilities.
@@ -620,8 +622,8 @@ class Session:
             drafting(draft, self._links.offers, labels, self._link.tokenizer, hidden=hide_length)
             if not 0 <= temperature < math.inf:
                 raise InvalidInput(f"a temperature of {temperature}", "0 or more")
-            if not asked.in_text:
-                sizes.check_steps(asked.ids(0), max_new_tokens)
+            # as below, what is wrong with numbers shows at once, and what a server's tokenizer says of a text does not
+            sizes.check_steps([0] if asked.in_text else asked.ids(0), max_new_tokens)
             stepped = partial(
                 self._stepped, asked, sizes=sizes, count=max_new_tokens, hidden=hide_length, temperature=temperature
             )
@@ -635,20 +637,20 @@ class Session:
 
     def _stepped(
         self, asked: Wanted, text: Generation, *, sizes: Sizes, count: int, hidden: bool, temperature: float
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """Run the queries of a text whose prompt is read token by token; yield whenever it has more tokens.
 
         The server sees their number: the tokens of the prompt and of the text together, or if it is hidden as many as
-        there is room for.
+        there is room for. A prompt that cannot be used takes one step, and is no different in what leaves and when.
         """
-        prepared = Prepared(asked, sizes.capacity)
-        if isinstance(prepared.ids, Error):
-            raise prepared.ids
-        prompt = prepared.ids
-        sizes.check_steps(prompt, count)
-        text.prompt_tokens, over, failed = len(prompt), False, None
-        last = sizes.capacity if hidden else len(prompt) + count - 1
+        came, pace = time.monotonic(), None
         with self._open():
+            prepared = Prepared(asked, sizes.capacity)
+            ids = prepared.ids
+            failed = ids if isinstance(ids, Error) else _tried(partial(sizes.check_steps, ids, count))
+            prompt = [0] if failed or isinstance(ids, Error) else ids
+            text.prompt_tokens, over = 0 if failed else len(prompt), False
+            last = hidden_steps(self.program.labels, count) if hidden else len(prompt) + count - 1
             link = self._links.of(sizes.step)
             conversation = link.converse(sizes.capacity)
         try:
@@ -659,15 +661,16 @@ class Session:
                     values = self._clear_values(step_inputs([token], 0, filled, link.program.rows), link)
                     if isinstance(values, Error):  # a step takes place all the same, as of a prompt
                         failed, values = failed or values, link.program.dummy_values()
+                    self._wait(came, pace)  # whatever the prompt, the choice, the text's end and its reader took
                     found = self._answer(link, conversation, values, sizes.step, filled, None)
+                came, pace = time.monotonic(), STEP
                 if isinstance(found, Error):
                     failed = failed or found
                 elif filled >= len(prompt) - 1 and not (over or failed):
-                    ended = text.take([chosen(only(found).flatten(), temperature)], prepared)
-                    over = ended or len(text.ids) == count
-                    if over and not ended:
-                        text.end(prepared)
-                    yield
+                    ended = _tried(partial(_taken, text, prepared, found, temperature, count))
+                    over, failed = (False, ended) if isinstance(ended, Error) else (ended, None)
+                    if failed is None:
+                        yield
                 if (over or failed) and not hidden:
                     break
         finally:
@@ -684,7 +687,7 @@ class Session:
         hidden: bool,
         heat: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         draft: Draft | None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """Run the queries of a text, which takes their tokens; yield whenever it has more of them."""
         began = time.monotonic()
         with self._open():
@@ -910,6 +913,14 @@ def _tried(work: Callable[[], Found]) -> Found | Error:
     except Exception as error:  # what the graph of a server runs into
         reason = f"the server's Program fails on this input: {type(error).__name__}"
         return InvalidProgram(reason, "ask the server's owner")
+
+
+def _taken(text: Generation, prepared: Prepared, found: Mapping[str, Tensor], temperature: float, count: int) -> bool:
+    """Choose the next of ``count`` tokens by its scores, and let the text take it; return True if it is the last."""
+    ended = text.take([chosen(only(found).flatten(), temperature)], prepared)
+    if not ended and len(text.ids) == count:
+        text.end(prepared)
+    return ended or len(text.ids) == count
 
 
 def _with_more(items: Iterable[Found]) -> Iterator[tuple[Found, bool]]:
