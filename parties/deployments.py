@@ -79,8 +79,13 @@ class Hosted(Protocol):
         compiling: the model and its options, as command-line arguments. directory: a place for files to keep.
         """
 
-    def tries(self, role: str, deployment: Deployment, network: Network) -> Mapping[str, Callable[[], str]]:
-        """Return what ``unseen check`` tries for a role beside the usual, by name: each returns what it found."""
+    def tries(
+        self, role: str, deployment: Deployment, network: Network, state: Path | None
+    ) -> Mapping[str, Callable[[], str]]:
+        """Return what ``unseen check`` tries for a role beside the usual, by name: each returns what it found.
+
+        state: the directory in which the role will keep its state, if it has one.
+        """
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:
         """The ``unseen`` command line that hosts a role, without --listen. peers: addresses by role."""

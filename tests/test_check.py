@@ -371,7 +371,7 @@ def test_a_token_under_tls(run: Run, others: None, made: Authority, monkeypatch:
         assert run(*line).code == 0
 
 
-def test_another_dealer(run: Run, others: None, known: Path, made: Authority) -> None:
+def test_another_dealer(run: Run, others: None, known: Path, made: Authority, tmp_path: Path) -> None:
     """Its key is not the one that is known; under TLS, its certificate vouches for any."""
     with two_parties() as at:
         found(
@@ -380,6 +380,11 @@ def test_another_dealer(run: Run, others: None, known: Path, made: Authority) ->
         assert run("check", "embed", *at, "--dealer-key", KEY.public.text).code == 0
         known.unlink()
         found(run("check", "embed", *at), "the dealer's key", "is not known", "copy dealer.pub")
+        state = tmp_path / "state"
+        state.mkdir()
+        (state / "dealer.pub").write_text(KEY.public.text)
+        serving = run("check", "serve", "--listen", FREE, "--dealer", at[3], "--state", str(state), "--same-owner")
+        assert f"the dealer's key: {KEY.public.fingerprint}" in serving.out, serving.out
     with under_tls(made) as line:
         assert run(*line).code == 0
 

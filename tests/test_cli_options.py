@@ -573,7 +573,9 @@ class ToyHosted:
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()
 
-    def tries(self, role: str, deployment: Deployment, network: Any) -> Mapping[str, Callable[[], str]]:
+    def tries(
+        self, role: str, deployment: Deployment, network: Any, state: Path | None
+    ) -> Mapping[str, Callable[[], str]]:
         return {}
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:

@@ -173,7 +173,9 @@ def _peers(needs: Needs, network: Network) -> Iterator[Finding]:
         yield tried(who(name), lambda n=name, a=at: _peer(needs, network, n, a, answered))  # type: ignore[misc]
     if not answered or len(answered) < len(needs.peers):
         return  # the rest compares what all of them say
-    for what, act in deployments.hosted(needs.deployment).tries(needs.role, needs.deployment, network).items():
+    for what, act in (
+        deployments.hosted(needs.deployment).tries(needs.role, needs.deployment, network, needs.state).items()
+    ):
         yield tried(what, act)
     for name, found in answered.items():
         yield tried(f"the clock of {who(name)}", lambda n=name, s=found.skew: _clock(n, s))  # type: ignore[misc]

@@ -45,7 +45,8 @@ class Needs:
     """The things that a command will use.
 
     listen: where it listens; None for a client. peers: addresses by role. apart: they must not be run by this owner.
-    writes: directories that it writes to, by what they are. secrets: directories and files that nobody else may read.
+    writes: directories that it writes to, by what they are. state: that of them which is the role's own. secrets:
+    directories and files that nobody else may read.
     program: the digest that every Program must have, if it is known. more: what else is tried, by name.
     """
 
@@ -60,6 +61,7 @@ class Needs:
     secrets: tuple[Path, ...] = ()
     program: Callable[[], str | None] = lambda: None
     more: More = ()
+    state: Path | None = None
 
 
 def who(role: str) -> str:
@@ -170,6 +172,7 @@ def _for_serve(given: Mapping[str, Any]) -> Needs:
         {"the state directory": state, **_store(given)},
         (state,),
         more=(*more, *_store_key(given), *_tokens(given)),
+        state=state,
     )
 
 

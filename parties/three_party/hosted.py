@@ -67,7 +67,9 @@ class ThreePartyHosted:
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ("share-model", *compiling, "--output", str(directory), "--threads", "1")
 
-    def tries(self, role: str, deployment: Deployment, network: Network) -> Mapping[str, Callable[[], str]]:
+    def tries(
+        self, role: str, deployment: Deployment, network: Network, state: Path | None
+    ) -> Mapping[str, Callable[[], str]]:
         return {}
 
     def command(self, role: str, compiling: Sequence[str], directory: Path, peers: Mapping[str, str]) -> Sequence[str]:

@@ -98,11 +98,13 @@ class TwoPartyHosted:
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
         return ()
 
-    def tries(self, role: str, deployment: Deployment, network: Network) -> Mapping[str, Callable[[], str]]:
+    def tries(
+        self, role: str, deployment: Deployment, network: Network, state: Path | None
+    ) -> Mapping[str, Callable[[], str]]:
         assert isinstance(deployment, TwoParty)
 
         def key() -> str:
-            dealer = DealerPeer(deployment.dealer, network, deployment.dealer_key)
+            dealer = DealerPeer(deployment.dealer, network, deployment.dealer_key, state=state)
             try:
                 return f"{dealer.key().fingerprint}"
             finally:

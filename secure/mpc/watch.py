@@ -13,6 +13,8 @@ as that is cheap and near the cause.
 A check never fails for a value within its calibrated range, margin included. It surely fails for a value from its
 limit on, where the result may begin to be wrong, up to 3 times the limit, where the ring begins anew with numbers that
 look right. Of values beyond that about half are noticed, as if they were random; usually many leave theirs at once.
+Within the margin a polynomial without knots may outgrow its ring so far at one step: x^4 is sixteen times as large for
+each bit of it. And it is less precise there (``Ranges.likely``).
 
 The bits of all checks of one part of the model become one number for the client (``two_party.conditions``), which is
 revealed with the answer: zero if all is well. The server learns nothing, and the client learns for each part of the
