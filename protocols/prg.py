@@ -24,10 +24,9 @@ SEED_BYTES = 32
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 BLOCK = 16
-SHORT = 1 << 14  # bytes: what is shorter is read faster from one cipher of the key than from a new one of the stream
+SHORT = 1 << 14  # bytes: what is shorter takes no cipher of its own
 
 _ZEROS = np.zeros(1 << 20, dtype=np.uint8)
-_POSITIONS = np.arange(SHORT // BLOCK + 1, dtype=np.uint64)
 
 
 def fresh_seed() -> bytes:
@@ -79,52 +78,53 @@ class Key:
 
 
 class _Ciphers:
-    """AES under one key: of counter blocks, from a cipher that all streams share, or in counter mode."""
+    """AES in counter mode under one key: a cipher that all streams share reads what is short; others are one's own."""
 
     def __init__(self, key: bytes) -> None:
         self._algorithm = algorithms.AES(key)
-        self._blocks: CipherContext | None = None
+        self._shared: CipherContext | None = None
         self._lock = threading.Lock()  # a cipher works for one thread at a time
 
-    def blocks(self, index: int, first: int, number: int) -> Bytes:
-        """Return few blocks of a stream, of SHORT bytes and a block at most."""
-        counters = np.empty((number, 2), ">u8")
-        counters[:, 0], counters[:, 1] = index, _POSITIONS[:number]
-        if first:
-            counters[:, 1] += np.uint64(first)
-        out = np.empty(BLOCK * (number + 1), np.uint8)  # the library wants room for one block more
+    def read(self, index: int, at: int, out: Bytes) -> None:
+        """Overwrite ``out`` with the bytes of a stream from its byte ``at`` on."""
+        first, inside = divmod(at, BLOCK)
         with self._lock:
-            if self._blocks is None:
-                self._blocks = Cipher(self._algorithm, modes.ECB()).encryptor()
-            self._blocks.update_into(counters.data.cast("B"), out.data)
-        return out[: BLOCK * number]
+            if self._shared is None:
+                self._shared = self.counting(index, first)
+            else:
+                self._shared.reset_nonce(_counter(index, first))
+            if inside:
+                self._shared.update(bytes(inside))
+            self._shared.update_into(_ZEROS[: len(out)].data, out.data)
 
     def counting(self, index: int, first: int) -> CipherContext:
-        """Return the cipher of a stream in counter mode, from a block on."""
-        counter = index.to_bytes(8, "big") + first.to_bytes(8, "big")
-        return Cipher(self._algorithm, modes.CTR(counter)).encryptor()
+        """Return a cipher that stands at a block of a stream."""
+        return Cipher(self._algorithm, modes.CTR(_counter(index, first))).encryptor()
+
+
+def _counter(index: int, block: int) -> bytes:
+    """Return the counter of a stream's block. Raises OverflowError for an index of more than 64 bits."""
+    return index.to_bytes(8, "big") + block.to_bytes(8, "big")
 
 
 class Stream:
     """The bytes of one named stream, read from front to back."""
 
     def __init__(self, ciphers: _Ciphers, index: int) -> None:
-        index.to_bytes(8, "big")  # raises: another index would have the blocks of a smaller one
+        _counter(index, 0)  # raises: another index would have the blocks of a smaller one
         self._ciphers, self._index = ciphers, index
         self._at = 0
         self._encryptor: CipherContext | None = None  # stands at _at; None until much is read
 
     def read(self, size: int) -> Bytes:
         """Return the next bytes."""
+        out = np.empty(size, dtype=np.uint8)
         if size > SHORT or self._encryptor is not None:
-            out = np.empty(size, dtype=np.uint8)
             self.fill(out)
-            return out
-        if not size:
-            return np.empty(0, dtype=np.uint8)
-        (first, inside), end = divmod(self._at, BLOCK), self._at + size
-        self._at = end
-        return self._ciphers.blocks(self._index, first, -(-end // BLOCK) - first)[inside : inside + size]
+        elif size:
+            self._ciphers.read(self._index, self._at, out)
+            self._at += size
+        return out
 
     def fill(self, out: Bytes) -> None:
         """Overwrite ``out`` with the next bytes."""
