@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secure
+from approximations import Piece
 from protocols import bits, kernels, ring
 from protocols import two_party as tp
 from protocols.circuit import Instruction
@@ -22,6 +23,7 @@ from secure import InvalidInput, InvalidProgram, OutOfRange, Program
 from secure.cost.circuit_profile import checks_price
 from secure.deployments.deployment import CompileOptions
 from secure.mpc.watch import PLACES, place_of
+from secure.polynomial.operations import polynomial_operation
 from tests.helpers import run_circuit, shared_bits
 
 DEPLOYMENTS = [secure.TwoParty(), secure.ThreeParty()]
@@ -375,3 +377,47 @@ def test_inputs_within_the_ranges_are_never_alarmed(seed: int) -> None:
     process = secure.insecure_in_process(made)
     worst = max(float((process.query(x) - layer(**x)).abs().max()) for x in (given(n) for n in range(100, 200)))
     assert worst < 1e-2
+
+
+POLYNOMIALS = {
+    "x^4": [0.0, 0.0, 0.0, 0.0, 1.0],
+    "(1 + x/4)^4": [1.0, 1.0, 0.375, 0.0625, 0.00390625],
+    "x^3": [0.0, 0.0, 0.0, 1.0],
+    "gelu": [0.0048, 0.4989, 0.2205, -0.0008, -0.0071],
+}
+
+
+@pytest.mark.parametrize("margin", [1, 2, 3])
+@pytest.mark.parametrize("name", [*POLYNOMIALS])
+def test_a_polynomial_is_never_wrong_within_its_arguments_margin(name: str, margin: int) -> None:
+    """Its value grows faster than its argument, and would be noticed no more where both are within their margins."""
+    piece = Piece(tuple(POLYNOMIALS[name]))
+
+    class Polynomial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(1, 1, bias=False)
+            nn.init.ones_(self.first.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = polynomial_operation(self.first(x), list(piece.coefficients), 0.0)
+            return out
+
+    seen = torch.tensor([[-2.0], [1.7], [0.3]])
+    fixed = secure.FixedPoint(fraction_bits=12, margin_bits=margin)
+    compiled = secure.compile(
+        Polynomial(), {"x": seen[:1]}, calibration=[{"x": x[None]} for x in seen], fixed_point=fixed
+    )
+    most = 2.0 * 2**margin
+    noticed = 0
+    with secure.insecure_in_process(compiled) as session:
+        for x in (*seen.flatten().tolist(), *torch.linspace(-most, most, 61).tolist()):
+            wanted = float(piece(torch.tensor(x)))
+            try:
+                found = float(session.query({"x": torch.tensor([[x]])}))
+            except (OutOfRange, InvalidInput):
+                assert not -2.0 <= x <= 1.7, "what calibration met passes"
+                noticed += 1
+                continue
+            assert abs(found - wanted) <= 0.02 + 0.02 * abs(wanted), (x, found, wanted)
+    assert noticed or margin == 1

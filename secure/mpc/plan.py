@@ -95,7 +95,8 @@ class Plan:
     """The scale (fraction bits) and the rings of every value of a trace. ``rules``: one per primitive, in order.
 
     kept: the rings of openings that queries keep, by name, as all Programs that share them have them; by default those
-    that this trace needs. ``self.kept``: the values that are such openings, by place.
+    that this trace needs. ``self.kept``: the values that are such openings, by place. ``self.readers``: the readers
+    of each value, by place.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Plan:
         self.opened, self.lifted, self.delivered = [0] * n, [0] * n, [0] * n
         self.knots: dict[int, tuple[float, ...]] = {}
         self.tolerance: dict[int, float] = {}
+        self.readers = list[list[int]]([] for _ in range(n))
         for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
             self.fraction[i] = self._fraction(p, rule)
             self.reach[i] = min(WORD, rule.reach(self, i, p))
@@ -128,6 +130,7 @@ class Plan:
             p = trace.primitives[i]
             for x, need in zip(p.inputs, rules[i].needs(self, i, p), strict=True):
                 self._demand(x, need)
+                self.readers[x].append(i)
 
     def _fraction(self, p: Primitive, rule: Planning) -> int:
         if rule.keeps_scale:

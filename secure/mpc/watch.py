@@ -13,8 +13,9 @@ as that is cheap and near the cause.
 A check never fails for a value within its calibrated range, margin included. It surely fails for a value from its
 limit on, where the result may begin to be wrong, up to 3 times the limit, where the ring begins anew with numbers that
 look right. Of values beyond that about half are noticed, as if they were random; usually many leave theirs at once.
-Within the margin a polynomial without knots may outgrow its ring so far at one step: x^4 is sixteen times as large for
-each bit of it. And it is less precise there (``Ranges.likely``).
+The argument of a polynomial without knots has less margin: x^4 is sixteen times as large for each bit of it, and would
+soon be beyond 3 times its own limit. It passes as far as the result is surely noticed, and at least in its calibrated
+range.
 
 The bits of all checks of one part of the model become one number for the client (``two_party.conditions``), which is
 revealed with the answer: zero if all is well. The server learns nothing, and the client learns for each part of the
@@ -25,7 +26,10 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from protocols import local
 from protocols import two_party as tp
@@ -40,9 +44,12 @@ from secure.mpc.plan import Plan
 from secure.mpc.share import Share
 
 FEWEST, MOST = 3, 5  # bits of a digit
+FINEST = 7  # of one that tells ends closer than a ring's
 _SAME = ("bounded", "reshape", "expand", "permute", "slice", "take")
 PLACES = 64  # the most parts of a model that are told apart
 ELSEWHERE = "(elsewhere)"
+_NOTICED = 3  # coefficients of a polynomial that is noticed beyond its ring, as its argument's margin is one bit
+_STEPS = 256  # arguments at which a polynomial is looked at
 _NOISE = 4  # units by which fixed point may miss the argument of a constant row's root
 
 
@@ -66,19 +73,56 @@ def place_of(path: str) -> str:
     return ".".join(parts[: number + 1]) or "(model)"
 
 
-def _digit(plan: Plan, i: int) -> tuple[int, int]:
-    """Return the bits of a digit, and the digits on either side of zero in which value i may lie.
+def _digit(plan: Plan, i: int) -> tuple[int, int, int]:
+    """Return the bits of a digit, and the lowest and the highest digit in which value i may lie.
 
     A ring has room for an eighth more than a range needs, so that 5 bits always do. What is chosen shows in which part
     of an octave the calibrated range ends: its lower half, the next quarter, or above.
     """
     k = plan.own(i)
     reach = plan.ranges.magnitude(i) * ROUNDED * 2.0 ** plan.fraction[i]
+    if (ends := _ends(plan, i)) is not None:
+        return _within(k, [end * 2.0 ** plan.fraction[i] for end in ends])
     for bits in range(min(FEWEST, k), min(MOST, k) + 1):
         n = (1 << (bits - 2)) - 1
         if n << (k - bits) >= (reach if bits < k else math.floor(reach)):
-            return bits, n
+            return bits, -n, n
     raise AssertionError(f"a ring of {k} bits for {reach:g} units")
+
+
+def _ends(plan: Plan, i: int) -> tuple[float, float, float, float] | None:
+    """Return the ends that value i may have: the lowest, calibration's own two, and the highest. None: its whole range.
+
+    The first and the last are where a polynomial that reads it reaches 3 times what its result's ring holds.
+    """
+    (low, high), reach = plan.ranges.seen(i), plan.ranges.magnitude(i)
+    ends = [-reach, reach]
+    for j in plan.readers[i]:
+        p = plan.trace.primitives[j]
+        if p.op != "piecewise" or p.attrs["knots"] or len(p.attrs["pieces"][0].coefficients) <= _NOTICED:
+            continue
+        most = 3 * 2.0 ** (plan.own(j) - 2 - plan.fraction[j]) / ROUNDED
+        for side, end in enumerate(ends):
+            x = torch.linspace(0.0, end, _STEPS + 1, dtype=torch.float64)
+            beyond = (p.attrs["pieces"][0](x).abs() > most).nonzero()
+            ends[side] = end if not len(beyond) else float(x[max(0, int(beyond[0]) - 1)])
+    if ends == [-reach, reach]:
+        return None
+    low, high = min(low, 0.0) * ROUNDED, max(high, 0.0) * ROUNDED
+    return min(ends[0], low), low, high, max(ends[1], high)
+
+
+def _within(k: int, ends: Sequence[float]) -> tuple[int, int, int]:
+    """Return what ``_digit`` does for a ring of k bits and a value's four ``_ends``, in units.
+
+    A digit may be read as the next one. FINEST bits are the most; then a value may end later, by 2^-FINEST of the ring.
+    """
+    for bits in range(min(FEWEST, k), min(FINEST, k) + 1):
+        step = 2.0 ** (k - bits)
+        low, high = math.floor(ends[1] / step), math.ceil(ends[2] / step)
+        if (low - 1) * step >= ends[0] and (high + 1) * step <= ends[3]:
+            break
+    return bits, min(low, math.ceil(ends[0] / step) + 1), max(high, math.floor(ends[3] / step) - 1)
 
 
 @dataclass
@@ -100,7 +144,7 @@ class Watch:
             self._within.add(i)  # opening it would check it again
             self._inside(i, e.opened(i))
         else:
-            bits, _ = _digit(e.plan, i)
+            bits, *_ = _digit(e.plan, i)
             top = e.truncate(e.get(i, k), shape, k - bits)
             self._inside(i, e.emit(tp.Open(shape, bits), top.index), k - bits)
         e.path = before
@@ -119,8 +163,8 @@ class Watch:
         """Check the top digit of value i in its own ring, by an opening without its lowest ``dropped`` bits."""
         self._within.add(i)
         shape, ring = self.e.trace.primitives[i].shape, self.e.plan.own(i) - dropped
-        bits, n = _digit(self.e.plan, i)
-        inside = tp.DigitIn(shape, ring, ring - bits, 2 * n + 1, -n % (1 << bits))
+        bits, low, high = _digit(self.e.plan, i)
+        inside = tp.DigitIn(shape, ring, ring - bits, high - low + 1, low % (1 << bits))
         self._keep(self.e.emit(inside, opening), count(shape))
 
     def between(self, i: int, low: float, high: float) -> None:
