@@ -7,6 +7,7 @@ import itertools
 import os
 import queue
 import re
+import resource
 import socket
 import stat
 import struct
@@ -235,6 +236,19 @@ def test_keys_that_never_fit_drop_nobodys(tiny: RunningCkks, made: Keys, tmp_pat
         with pytest.raises(ProtocolError, match=r"keys of \d+ bytes, where this server keeps 1000 of a client"):
             stored(small, {**made, "relin": bytes(len(made["relin"]))}, caller=caller)
     assert path.exists()
+
+
+def test_a_disk_that_takes_no_more_is_named(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:
+    store = KeyStore(tmp_path, tiny.link.program)
+    path = stored(store, made)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (store.size // 2, limits[1]))
+    try:
+        with pytest.raises(QueryError, match="cannot keep evaluation keys: File too large"):
+            stored(store, {**made, "relin": bytes(len(made["relin"]))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [each for each in tmp_path.glob("*/*/*") if each.is_file()] == [path]
 
 
 def test_who_keeps_little_loses_nothing_to_who_keeps_much(tiny: RunningCkks, made: Keys, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import tempfile
@@ -19,7 +20,9 @@ from pathlib import Path
 
 from parties.ckks.room import Kept, surplus
 from secure.ckks.program import CkksProgram
-from secure.errors import ProtocolError
+from secure.errors import ProtocolError, QueryError
+
+log = logging.getLogger("unseen.server")
 
 EXPIRES = 24 * 3600.0  # seconds after the last use
 MAXIMUM_BYTES = 16 << 30  # bytes on disk of all clients' keys together, for all Programs
@@ -80,13 +83,23 @@ class KeyStore:
     def add(self, digest: str, chunks: Iterable[bytes], caller: str) -> None:
         """Receive and store a client's keys. Raises ProtocolError unless they have the Program's size and this digest.
 
-        They go to disk as they come, so an upload takes no memory but one chunk's.
+        They go to disk as they come, so an upload takes no memory but one chunk's. Raises QueryError if the disk takes
+        no more.
         """
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ProtocolError("the keys announced have no digest", "upload them again")
         if self.size > self.maximum or (caller and self.size > self.each):
             limit = min(self.maximum, self.each if caller else self.maximum)
             raise ProtocolError(f"keys of {self.size} bytes, where this server keeps {limit} of a client")
+        try:
+            self._receive(digest, chunks, caller)
+        except OSError as error:
+            log.error("evaluation keys cannot be kept in %s: %s", self.directory, error.strerror)
+            raise QueryError(
+                f"the server cannot keep evaluation keys: {error.strerror}", "tell its owner, and connect again"
+            ) from None
+
+    def _receive(self, digest: str, chunks: Iterable[bytes], caller: str) -> None:
         place, hashed, size = self._place(caller), hashlib.sha256(), 0
         place.mkdir(exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=place, prefix=".part-", delete=False) as part:
