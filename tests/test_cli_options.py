@@ -119,7 +119,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     compiled.sizes = (compiled,)
     asked = found.note("run", lambda *_: iter([torch.zeros(2)]))
     report = Report(1, (), 0.0, 0.0, 0.0, 0.0, 0)
-    session = SimpleNamespace(run=asked, report=report, program=None, sizes=(), prompts=Prompts())
+    session = SimpleNamespace(run=asked, report=report, program=program, sizes=(), prompts=Prompts())
     session.served, session.room = Served(None, 8, task="generate"), 64
     session.link, session.reports = SimpleNamespace(tables={}), [report]
     session.generate = found.note("generate", Written())
