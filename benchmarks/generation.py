@@ -3,7 +3,7 @@
     python -m benchmarks.generation DIRECTORY [--text "Once upon a time" ...] [--tokens 100] [--capacity 128]
         [--prompt 16] [--deployment two-party] [--network lan] [--draft-length 4 [--draft DIRECTORY]]
         [--costs [--capacities 32 128 512 1024] [--write]]
-    python -m benchmarks.generation gpt2 --costs --capacities 32 128 512 --write
+    python -m benchmarks.generation gpt2 --costs --capacities 32 128 512 1023 --write
 
 DIRECTORY is a causal language model as save_pretrained of transformers writes it, with its tokenizer; gpt2: random
 weights in the shape of GPT-2 base. A token that differs ends the comparison of its text: what follows has another past.

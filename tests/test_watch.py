@@ -380,6 +380,7 @@ def test_inputs_within_the_ranges_are_never_alarmed(seed: int) -> None:
 
 
 POLYNOMIALS = {
+    "x^2": [0.0, 0.0, 1.0],
     "x^4": [0.0, 0.0, 0.0, 0.0, 1.0],
     "(1 + x/4)^4": [1.0, 1.0, 0.375, 0.0625, 0.00390625],
     "x^3": [0.0, 0.0, 0.0, 1.0],

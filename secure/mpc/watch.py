@@ -48,7 +48,6 @@ FINEST = 7  # of one that tells ends closer than a ring's
 _SAME = ("bounded", "reshape", "expand", "permute", "slice", "take")
 PLACES = 64  # the most parts of a model that are told apart
 ELSEWHERE = "(elsewhere)"
-_NOTICED = 3  # coefficients of a polynomial that is noticed beyond its ring, as its argument's margin is one bit
 _STEPS = 256  # arguments at which a polynomial is looked at
 _NOISE = 4  # units by which fixed point may miss the argument of a constant row's root
 
@@ -82,7 +81,7 @@ def _digit(plan: Plan, i: int) -> tuple[int, int, int]:
     k = plan.own(i)
     reach = plan.ranges.magnitude(i) * ROUNDED * 2.0 ** plan.fraction[i]
     if (ends := _ends(plan, i)) is not None:
-        return _within(k, [end * 2.0 ** plan.fraction[i] for end in ends])
+        return _told_apart(k, [end * 2.0 ** plan.fraction[i] for end in ends])
     for bits in range(min(FEWEST, k), min(MOST, k) + 1):
         n = (1 << (bits - 2)) - 1
         if n << (k - bits) >= (reach if bits < k else math.floor(reach)):
@@ -99,7 +98,7 @@ def _ends(plan: Plan, i: int) -> tuple[float, float, float, float] | None:
     ends = [-reach, reach]
     for j in plan.readers[i]:
         p = plan.trace.primitives[j]
-        if p.op != "piecewise" or p.attrs["knots"] or len(p.attrs["pieces"][0].coefficients) <= _NOTICED:
+        if p.op != "piecewise" or p.attrs["knots"]:
             continue
         most = 3 * 2.0 ** (plan.own(j) - 2 - plan.fraction[j]) / ROUNDED
         for side, end in enumerate(ends):
@@ -112,7 +111,7 @@ def _ends(plan: Plan, i: int) -> tuple[float, float, float, float] | None:
     return min(ends[0], low), low, high, max(ends[1], high)
 
 
-def _within(k: int, ends: Sequence[float]) -> tuple[int, int, int]:
+def _told_apart(k: int, ends: Sequence[float]) -> tuple[int, int, int]:
     """Return what ``_digit`` does for a ring of k bits and a value's four ``_ends``, in units.
 
     A digit may be read as the next one. FINEST bits are the most; then a value may end later, by 2^-FINEST of the ring.
