@@ -157,9 +157,13 @@ class PowerAttention(Form):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, scaling: float) -> Tensor:
         """Attend with query, key and value of shape (B, H, T, d).
 
-        weights: (B, 1, 1 or T, L), zero where masked, with a sum of one in every row; None for equal weights.
+        weights: (B, 1, 1 or T, L), zero where masked, with a sum of one in every row; None for equal weights. What the
+        last row does not see is padding, and its values count as zero for every row: rows of padding then compute in
+        training what they compute where ``weighed_values`` are served, and ranges are those of both.
         """
         r = self.recipe
+        if weights is not None and not self.weighed:
+            value = value * (weights[..., -1:, :] > 0).to(value.dtype).transpose(-1, -2)
         products = query @ key.transpose(-1, -2)
         if not self.frozen and self.weighed:
             raise InvalidInput("a decoder whose ranges are not frozen", "train it to the end, or freeze_untrained")
@@ -208,7 +212,7 @@ class PowerAttention(Form):
 def weighed_values(model: nn.Module) -> Iterator[None]:
     """Within a ``with`` block, let attention get values that are zero at all keys which are masked but by causality.
 
-    A decoder keeps its values so: then no mask is multiplied by scores. It computes the same.
+    A decoder keeps its values so: then no mask is multiplied by scores. It computes the same, padding included.
     """
     attentions = [form for _, form in forms(model) if isinstance(form, PowerAttention)]
     for form in attentions:
