@@ -18,7 +18,16 @@ choice        sets of approximations for a model's operations, by name
 from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh
 from approximations.choice import APPROXIMATIONS, Functions, choose
 from approximations.division import reciprocal, rsqrt
-from approximations.norms import l2_normalize, layer_norm, polynomial_layer_norm, polynomial_rms_norm, rms_norm
+from approximations.norms import (
+    l2_normalize,
+    layer_norm,
+    polynomial_layer_norm,
+    polynomial_layer_norm_factors,
+    polynomial_rms_norm,
+    polynomial_rms_norm_factors,
+    rms_norm,
+    rms_norm_factors,
+)
 from approximations.powers import polynomial, power, power_attend, power_scores
 from approximations.primitives import Piece, exp_below, maximum, piecewise, row_bound
 from approximations.softmax import attend, softmax
@@ -40,13 +49,16 @@ __all__ = [
     "piecewise",
     "polynomial",
     "polynomial_layer_norm",
+    "polynomial_layer_norm_factors",
     "polynomial_rms_norm",
+    "polynomial_rms_norm_factors",
     "power",
     "power_attend",
     "power_scores",
     "reciprocal",
     "relu",
     "rms_norm",
+    "rms_norm_factors",
     "row_bound",
     "rsqrt",
     "sigmoid",

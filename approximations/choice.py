@@ -9,7 +9,7 @@ from typing import Any
 
 from approximations import puma
 from approximations.activations import GELU_FORMS, gelu, silu
-from approximations.norms import layer_norm
+from approximations.norms import layer_norm_factors
 from approximations.powers import power
 from approximations.softmax import attend, softmax
 
@@ -26,7 +26,7 @@ class Functions:
     silu: Function
     softmax: Function
     attend: Function
-    layer_norm: Function
+    layer_norm_factors: Function  # before its weight and bias
     power: Function = power  # of models in polynomial form; a compiler may know another way to compute the same
 
     @property
@@ -35,8 +35,8 @@ class Functions:
         return {"gelu": self.gelu_form, "approximations": self.name}
 
 
-_DEFAULT = Functions("default", GELU_FORMS[0], gelu, silu, softmax, attend, layer_norm)
-_PUMA = Functions("puma", "puma", puma.gelu, puma.silu, puma.softmax, puma.attend, puma.layer_norm)
+_DEFAULT = Functions("default", GELU_FORMS[0], gelu, silu, softmax, attend, layer_norm_factors)
+_PUMA = Functions("puma", "puma", puma.gelu, puma.silu, puma.softmax, puma.attend, puma.layer_norm_factors)
 _BY_NAME = {functions.name: functions for functions in (_DEFAULT, _PUMA)}
 APPROXIMATIONS = tuple(_BY_NAME)
 

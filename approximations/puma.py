@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from approximations.division import reciprocal
-from approximations.norms import rms_norm
+from approximations.norms import rms_norm_factors
 from approximations.primitives import IDENTITY, ZERO, Piece, Value, bounded, maximum, piecewise, precise_product
 
 T_EXP = -14.0
@@ -87,4 +87,10 @@ def layer_norm(x: Value, weight: Value, bias: Value, eps: float, low: float, hig
 
     It takes one inverse square root of the sum of squares, scaled by sqrt(n). low, high: the range of the variance.
     """
-    return rms_norm(x - x.mean(-1, keepdim=True), weight, eps, low, high) + bias
+    rows, scale = layer_norm_factors(x, eps, low, high)
+    return rows * scale * weight + bias
+
+
+def layer_norm_factors(x: Value, eps: float, low: float, high: float) -> tuple[Value, Value]:
+    """Return the rows and the column whose product is LayerNorm without weight and bias."""
+    return rms_norm_factors(x - x.mean(-1, keepdim=True), eps, low, high)

@@ -6,6 +6,7 @@ lowering replaces every operation by its approximation. The second half depends 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -102,11 +103,12 @@ def lower_sizes(
     weight: Callable[[str, Tensor], Tensor] = exact,
     told: Told = silent,
     public: bool = False,
+    round_bytes: int = 0,
 ) -> list[Lowered]:
     """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of their group.
 
     So the traces of a group have the same primitives, and all read the same weights. public: the positions of tokens
-    are no secret.
+    are no secret. round_bytes: see ``lowering.lower``; the most rows that a query of the group has count.
     Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends
     on the size, and for weights, or values on a sample, that are NaN or infinite.
     """
@@ -130,6 +132,7 @@ def lower_sizes(
     fixed = _fixed([parameters for _, parameters in graphs.values()])
     shapes = zip(*([node.shape for node in graph.nodes] for graph, _ in graphs.values()), strict=True)
     rows = [max(max(shape[-1:], default=0) for shape in each) for each in shapes]
+    counts = {group: _most_rows(sizes, group, [graph for graph, _ in made]) for group in seen}
     return [
         lower(
             graph,
@@ -142,8 +145,20 @@ def lower_sizes(
             room=room,
             fixed=fixed,
             rows=rows,
+            each=counts[size.group],
+            round_bytes=round_bytes,
         )
         for (graph, parameters), size in zip(made, sizes, strict=True)
+    ]
+
+
+def _most_rows(sizes: Sequence[Size], group: str, graphs: Sequence[Graph]) -> list[int]:
+    """Return the most rows that each node has in a query of a group; sizes that set ranges for others have none."""
+    places, _ = of_group(sizes, group)
+    queried = [n for n in places if not sizes[n].samples] or places
+    return [
+        max(math.prod(node.shape[:-1]) for node in nodes)
+        for nodes in zip(*(graphs[n].nodes for n in queried), strict=True)
     ]
 
 
@@ -178,7 +193,13 @@ def _observed(
 
 
 def lower_outline(
-    model: nn.Module, example_inputs: Sample, *, reach: float, embedding: str, functions: Functions
+    model: nn.Module,
+    example_inputs: Sample,
+    *,
+    reach: float,
+    embedding: str,
+    functions: Functions,
+    round_bytes: int = 0,
 ) -> tuple[Lowered, Ranges]:
     """Turn a module into a trace without reading its weights; return also the ranges of its values within ``reach``.
 
@@ -190,6 +211,8 @@ def lower_outline(
         name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
         for name, v in parameters.items()
     }
-    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions, device="meta")
+    lowered = lower(
+        graph, shapes, assume(graph, reach), 0, embedding, functions, device="meta", round_bytes=round_bytes
+    )
     polynomial = any(OPERATIONS[node.op].polynomial for node in graph.nodes if node.visibility == "shared")
     return lowered, Ranges.assume(lowered.trace, reach, polynomial=polynomial)

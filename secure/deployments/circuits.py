@@ -37,13 +37,16 @@ DEPTH = 3  # parts of a module path that a profile tells apart
 class CircuitDeployment(Deployment):
     """A deployment by secret sharing. Each can run every Program, so that a Program's cost is known in each.
 
-    prices: of rounds and bytes, by which the compiler chooses among protocols for this deployment. untimed: what the
-    demand of a query leaves out. shares_correlations: those that are made ahead serve any client.
+    untimed: what the demand of a query leaves out. shares_correlations: those that are made ahead serve any client.
     """
 
-    prices: ClassVar[Prices] = DEFAULT
     untimed: ClassVar[tuple[str, ...]] = ()
     shares_correlations: ClassVar[bool] = False
+
+    @property
+    def prices(self) -> Prices:
+        """The prices of rounds and bytes, by which the compiler chooses among protocols for this deployment."""
+        return DEFAULT
 
     @abstractmethod
     def deployed(self, program: Program) -> Deployed:

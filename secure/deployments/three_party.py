@@ -51,9 +51,6 @@ class ThreeParty(CircuitDeployment):
     trust: ClassVar[str] = "semi-honest; no two parties may collude; clients are checked, unless compiled as trusted"
     serves: ClassVar[str] = ""
     how_to_serve: ClassVar[str] = "`unseen share-model`, then `unseen party` three times"
-    # party 2 may deal within the query, and one of the three waits for its bytes as for any other's
-    prices: ClassVar[Prices] = Prices(dealt_for_online=1)
-
     untimed: ClassVar[tuple[str, ...]] = (
         "the client's work, one-hot look-ups of tokens and the encryption between parties are not timed; the bytes of "
         "clients are not counted",
@@ -65,6 +62,11 @@ class ThreeParty(CircuitDeployment):
     trusted_clients: bool = option(
         False, "Do not check what clients send, look-up keys and inputs: a little cheaper.", COMPILE
     )
+
+    @property
+    def prices(self) -> Prices:
+        # party 2 may deal within the query, and one of the three waits for its bytes as for any other's
+        return Prices(dealt_for_online=1, weighted_rounds=0 if self.public_weights else 1)
 
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
         shown = "the token table" if token_table else NOTHING  # the protocol tells clients no weights, even public ones

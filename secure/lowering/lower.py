@@ -25,6 +25,9 @@ from secure.lowering.observe import Observed
 from secure.lowering.primitives import Shape
 from secure.lowering.trace import Symbol, Trace, WeightRef
 
+OPENED = 16
+"""The online bytes of an opened number, both ways; at most."""
+
 Sample = Mapping[str, Tensor]
 """A module's keyword arguments."""
 
@@ -84,11 +87,15 @@ def lower(
     room: Room | None = None,
     fixed: Collection[str] = (),
     rows: Sequence[int] = (),
+    each: Sequence[int] = (),
+    round_bytes: int = 0,
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
     device: "meta" if the parameters are shapes alone. room: for weights that are kept although they can be made again.
     fixed: parameters that are the same at all sizes of the model. rows: of each node the longest row at any size.
+    each: of each node the most rows at any size that a query has. round_bytes: the online bytes that are worth a round
+    of a product with a weight; 0: it takes none, or none is worth any.
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
@@ -105,6 +112,8 @@ def lower(
         room=room,
         fixed=fixed,
         rows=rows,
+        each=each,
+        round_bytes=round_bytes,
     ).run()
 
 
@@ -117,7 +126,8 @@ class Lowering:
 
     An operation leaves notes for the operations that read its result:
 
-    - ``units``: results of normalizations before their weight and bias, by node;
+    - ``units``: results of normalizations before their weight and bias, by node: the rows that readers multiply by
+      their weight, and the column by which they multiply that product, or None (see ``normalized``);
     - ``scores``: the argument of a softmax, by node, if its only reader is a product that divides by the sums itself;
     - ``absorbed``: nodes that multiply by a number which the preceding linear layer has taken into its weights.
     """
@@ -136,12 +146,14 @@ class Lowering:
         room: Room | None = None,
         fixed: Collection[str] = (),
         rows: Sequence[int] = (),
+        each: Sequence[int] = (),
+        round_bytes: int = 0,
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
         self.embedding, self.functions, self.public = embedding, functions, public
         operations = [OPERATIONS[node.op] for node in graph.nodes if node.visibility == "shared"]
         self.compares = any(o.compares for o in operations) or not any(o.polynomial for o in operations)
-        self.units: dict[int, Symbol] = {}
+        self.units: dict[int, tuple[Symbol, Symbol | None]] = {}
         self.scores: dict[int, Symbol] = {}
         self.absorbed: set[int] = set()
         self._parameters = parameters
@@ -150,6 +162,8 @@ class Lowering:
         self._trace = Trace()
         self._symbols: dict[int, Symbol] = {}  # by shared node
         self._fixed, self._common, self._rows = fixed, set[str](), rows
+        self._each = each or [math.prod(node.shape[:-1]) for node in graph.nodes]
+        self._round_bytes = round_bytes
         room = room or Room()
         self._known = Made[int](room)  # by node of the server's or public
         self._weights = Made[str](room)
@@ -337,11 +351,22 @@ class Lowering:
         scale, shift, *_ = (*(self._known[i] for i in node.inputs[1:]), None, None)
         return scale, shift
 
-    def normalized(self, node: Node, unit: Symbol) -> Symbol:
-        """Return a normalization's result: ``unit`` times weight plus bias, or ``unit`` if all readers absorb both."""
-        self.units[node.id] = unit
+    def normalized(self, node: Node, rows: Symbol, column: Symbol | None) -> Symbol:
+        """Return a normalization's result: rows times column times weight plus bias. column: None if rows have it.
+
+        Linear layers that read it absorb weight and bias. They may also take the rows as they are, while the column is
+        still computed, and multiply what they give by the column, y (W x) for W (y x): it spares a round, and costs the
+        openings of their results. It is done where a round is worth as much; then, if all readers are such layers,
+        nobody reads what this returns.
+        """
         readers = self.readers(node)
-        if readers and node.id not in self.graph.outputs and all(OPERATIONS[r.op].takes_affine for r in readers):
+        layers = [r for r in readers if OPERATIONS[r.op].takes_affine]
+        alone = len(layers) == len(readers) > 0 and node.id not in self.graph.outputs
+        opened = sum(r.shape[-1] for r in layers) - (node.shape[-1] if alone else 0)
+        late = bool(layers) and opened * self._each[node.id] * OPENED <= self._round_bytes > 0
+        unit = rows if column is None or late and alone else rows * column
+        self.units[node.id] = (rows, column) if late else (unit, None)
+        if alone:
             return unit
         # an absent weight is one, an absent bias zero
         weight = self.weight(node.inputs[1]) if len(node.inputs) > 1 else 1.0

@@ -140,6 +140,7 @@ def compile_sizes(
     fixed = fixed_point or FixedPoint()
     check_answer_bits(answer_bits, fixed)
     functions = chosen(approximations, gelu)
+    found = find_network(network or LOOPBACK)
     lowered = lower_sizes(
         model,
         [size for size, _ in sizes],
@@ -148,6 +149,7 @@ def compile_sizes(
         functions=functions,
         told=told,
         public=public_positions,
+        round_bytes=prices.of_weighted(found),
     )
     seen = dict[str, list[Ranges]]()
     for group in dict.fromkeys(size.group for size, _ in sizes):
@@ -158,7 +160,7 @@ def compile_sizes(
             Ranges.calibrate(each.trace, [each.inputs(sample)], each.weights, fixed.margin_bits, rows)
             for each, sample, rows in counted(samples, told, "calibrating")
         ]
-    named, found = {"embedding": embedding, **functions.labels}, find_network(network or LOOPBACK)
+    named = {"embedding": embedding, **functions.labels}
     wanted = [
         (each, Ranges.united(seen[size.group], each.trace), {**named, **labels})
         for each, (size, labels) in zip(lowered, sizes, strict=True)

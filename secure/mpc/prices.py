@@ -28,13 +28,23 @@ class Prices:
     table_bytes: the dealt bytes of tables, of all values of an operation together, for which they may spare a round:
     near parties take as long to make them as for one, and so operations of few values, as in a decoder's step, have
     wider tables. dealt_for_online: the dealt bytes that are worth one online byte: 1 where they are sent within the
-    query too.
+    query too. weighted_rounds: those of a product with a weight: 1, or 0 where all parties know the weights.
     """
 
     round_bytes: int = 400_000
     coefficients: int = 512
     table_bytes: int = 400_000
     dealt_for_online: int = DEALT_FOR_ONLINE
+    weighted_rounds: int = 1
+
+    def of_weighted(self, network: NetworkSpeed | None) -> int:
+        """Return the online bytes, both ways, for which a product with a weight may spare a round; None: of no network.
+
+        Of a network that is named: those that both directions carry while a round waits.
+        """
+        if network is None:
+            return self.weighted_rounds * self.round_bytes
+        return self.weighted_rounds * round(network.round_trip * network.bandwidth)
 
     @property
     def words(self) -> str:

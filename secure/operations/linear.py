@@ -38,12 +38,13 @@ def layer(b: Builder, x: Value, weight: Value, bias: Value = None) -> Value:
 def _(to: Lowering, node: Node) -> Symbol:
     """Fold the weight and bias of a preceding normalization, and a factor that follows, into the layer's own."""
     (source, matrix, *others), factor = node.inputs, _following_factor(to, node)
+    column: Symbol | None = None
     suffix = f"*{factor:.17g}" if factor != 1.0 else ""
     scale, shift, of = None, None, node.inputs[1:]
     if source in to.units:
         # the server gets the normalized value once, for the normalization's own weight and for this layer: it saves
         # two rounds
-        x, suffix = to.units[source], f"{suffix}*%{source}"
+        (x, column), suffix = to.units[source], f"{suffix}*%{source}"
         scale, shift = to.affine(to.graph.nodes[source])
         of = (*of, *to.graph.nodes[source].inputs[1:])
     else:
@@ -63,6 +64,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     rows, columns = to.graph.nodes[matrix].shape
     shape = (rows,) if shift is not None else to.graph.nodes[others[0]].shape if others else ()
     out = x.linear(to.weight(matrix, ".T" + suffix, weight, (columns, rows), of))
+    out = out if column is None else out * column
     if not others and shift is None:
         return out
     key = others[0] if others and source not in to.units else matrix

@@ -133,9 +133,8 @@ def _(to: Lowering, node: Node) -> Symbol:
     if list(node.attrs["axes"]) != [len(node.shape) - 1]:
         raise to.unsupported(node, f"layer_norm over axes {node.attrs['axes']}", "only the last axis is supported")
     x, grown = _brought_up(to, node, x, high)
-    return to.normalized(
-        node, to.functions.layer_norm(x, 1.0, 0.0, float(node.attrs["eps"]) * grown, low * grown, high * grown)
-    )
+    factors = to.functions.layer_norm_factors(x, float(node.attrs["eps"]) * grown, low * grown, high * grown)
+    return to.normalized(node, *factors)
 
 
 # RMS normalization.
@@ -192,13 +191,12 @@ def _(operand: Node, reach: float, **_: Any) -> tuple[float, float]:
 def _(to: Lowering, node: Node) -> Symbol:
     x, (low, high), eps = to.symbol(node.inputs[0]), _range_of_root(to, node), float(node.attrs["eps"])
     if (looked_up := _looked_up(to, to.graph.nodes[node.inputs[0]], eps)) is not None:
-        return to.normalized(node, looked_up)
+        return to.normalized(node, looked_up, None)
     if to.compares:
         x, grown = _brought_up(to, node, x, high)
-        return to.normalized(
-            node, approximations.rms_norm(x, 1.0, eps * grown, (low - eps) * grown, (high - eps) * grown)
-        )
-    return to.normalized(node, x * _root(to, x.square().mean(-1, keepdim=True) + eps, low, high))
+        factors = approximations.rms_norm_factors(x, eps * grown, (low - eps) * grown, (high - eps) * grown)
+        return to.normalized(node, *factors)
+    return to.normalized(node, x, _root(to, x.square().mean(-1, keepdim=True) + eps, low, high))
 
 
 def _looked_up(to: Lowering, source: Node, eps: float) -> Symbol | None:

@@ -113,7 +113,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     a = node.attrs
     form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
     x = to.symbol(node.inputs[0])
-    return to.normalized(node, approximations.polynomial_layer_norm(x, 1.0, 0.0, *form, to.functions.power))
+    return to.normalized(node, *approximations.polynomial_layer_norm_factors(x, *form, to.functions.power))
 
 
 @operation("polynomial_rms_norm", polynomial=True)
@@ -146,4 +146,4 @@ def _(to: Lowering, node: Node) -> Symbol:
     a = node.attrs
     form = (a["eps"], a["low"], a["high"], a["degree"], a["steps"])
     x = to.symbol(node.inputs[0])
-    return to.normalized(node, approximations.polynomial_rms_norm(x, 1.0, *form, to.functions.power))
+    return to.normalized(node, *approximations.polynomial_rms_norm_factors(x, *form, to.functions.power))

@@ -1,0 +1,186 @@
+"""Normalizations whose readers multiply their weight by the rows first, and by the column of inverse roots later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secure
+from protocols.circuit import total_cost
+from protocols.protocol import CircuitCost
+from protocols.two_party import Linear, Open
+from secure.deployments.circuits import CircuitDeployment
+from secure.frontend import Size
+from secure.lowering.lower import OPENED
+from secure.mpc.compile import MpcModel, compile_sizes
+from secure.mpc.compile import compile as mpc_compile
+from secure.mpc.network import find_network
+from secure.mpc.prices import DEFAULT, Prices
+from secure.polynomial.forms import PolynomialNorm, PolynomialRMSNorm, freeze_untrained
+from secure.polynomial.recipe import Recipe
+
+WIDTH, OUT = 8, 12
+NEVER = replace(DEFAULT, weighted_rounds=0)
+
+
+class Block(nn.Module):
+    """A normalization that layers read: two of them, and with ``residual`` a sum as well."""
+
+    def __init__(self, norm: nn.Module, *, residual: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.enter, self.norm, self.residual = nn.Linear(WIDTH, WIDTH), norm, residual
+        nn.init.orthogonal_(self.enter.weight)
+        self.first, self.second = (nn.Linear(WIDTH, OUT, bias=bias) for _ in range(2))
+        self.out = nn.Linear(OUT, WIDTH)
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.norm(self.enter(x))
+        result = self.out(self.first(found) * self.second(found))
+        return result + found if self.residual else result
+
+
+def norms() -> dict[str, Callable[[], nn.Module]]:
+    return {"layer": partial(nn.LayerNorm, WIDTH), "rms": partial(nn.RMSNorm, WIDTH, eps=1e-5)}
+
+
+def weighed(norm: nn.Module) -> nn.Module:
+    """Give a normalization a weight, and a bias if it has one, that are not ones and zeros."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in norm.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 + 1
+    return norm
+
+
+def inputs(seed: int, rows: int = 5, spread: float = 4.0) -> dict[str, Tensor]:
+    x = torch.randn((1, rows, WIDTH), generator=torch.Generator().manual_seed(seed))
+    return {"x": x * torch.logspace(-math.log2(spread), math.log2(spread), rows, 2.0)[:, None]}
+
+
+def compiled(module: nn.Module, prices: Prices, *, rows: int = 5, network: str | None = None) -> MpcModel:
+    calibration = [inputs(seed, rows) for seed in range(1, 6)]
+    return mpc_compile(module, inputs(0, rows), calibration=calibration, prices=prices, network=network)
+
+
+def cost(made: MpcModel) -> CircuitCost:
+    return total_cost(made.program.circuit)
+
+
+def answer(module: nn.Module, deployment: CircuitDeployment, given: dict[str, Tensor]) -> Tensor:
+    calibration = [inputs(seed) for seed in range(1, 6)]
+    made = secure.compile(module, inputs(0), calibration=calibration, deployment=deployment)
+    with secure.insecure_in_process(made) as session:
+        found: Tensor = session.query(given)
+    return found
+
+
+@pytest.mark.parametrize("norm", [*norms()])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_round_is_spared_and_the_result_is_the_same(norm: str, residual: bool, bias: bool) -> None:
+    module = Block(weighed(norms()[norm]()), residual=residual, bias=bias).eval()
+    late, before = compiled(module, DEFAULT), compiled(module, NEVER)
+    assert cost(late).rounds == cost(before).rounds - 1
+    read = [i.protocol.weight for i in before.program.circuit if isinstance(i.protocol, Linear)]
+    assert read == [i.protocol.weight for i in late.program.circuit if isinstance(i.protocol, Linear)]
+    for seed in range(6, 10):
+        with torch.no_grad():
+            expected = module(**inputs(seed))
+        for deployment in (secure.TwoParty(), secure.ThreeParty(), secure.ThreeParty(public_weights=True)):
+            assert float((answer(module, deployment, inputs(seed)) - expected).abs().max()) < 4e-3
+
+
+def test_polynomial_forms_spare_it_too() -> None:
+    recipe = Recipe()
+    forms = (PolynomialNorm(nn.LayerNorm(WIDTH), recipe), PolynomialRMSNorm(nn.RMSNorm(WIDTH, eps=1e-5), recipe))
+    for norm in forms:
+        module = Block(weighed(norm)).eval()
+        freeze_untrained(module, lambda module=module: [module(**inputs(seed)) for seed in range(6)])  # type: ignore[misc]
+        assert cost(compiled(module, DEFAULT)).rounds == cost(compiled(module, NEVER)).rounds - 1
+        with torch.no_grad():
+            expected = module(**inputs(3))
+        assert float((answer(module, secure.TwoParty(), inputs(3)) - expected).abs().max()) < 4e-3
+
+
+def test_bytes_that_are_dearer_than_the_round_are_not_paid() -> None:
+    module = Block(nn.LayerNorm(WIDTH)).eval()
+    most = DEFAULT.round_bytes // (OPENED * (2 * OUT - WIDTH))
+    spared = [
+        cost(compiled(module, NEVER, rows=rows)).rounds - cost(compiled(module, DEFAULT, rows=rows)).rounds
+        for rows in (most, most + 1)
+    ]
+    assert spared == [1, 0]
+
+
+def test_a_network_that_is_named_says_what_a_round_is_worth() -> None:
+    module = Block(nn.LayerNorm(WIDTH)).eval()
+    near, far = find_network("1,0.001"), find_network("1,10000")
+    assert DEFAULT.of_weighted(near) < OPENED * (2 * OUT - WIDTH) * 5 < DEFAULT.of_weighted(far)
+    assert NEVER.of_weighted(far) == 0
+    found = [compiled(module, DEFAULT, network=network) for network in ("1,0.001", "1,10000")]
+    assert [made.choice is not None for made in found] == [True, True]
+    opened = [[i.protocol.shape for i in made.program.circuit if isinstance(i.protocol, Open)] for made in found]
+    assert [(1, 5, WIDTH) in shapes for shapes in opened] == [True, True]
+    assert len(opened[0]) < len(opened[1])
+
+
+def test_the_largest_query_of_a_group_decides_for_all_sizes() -> None:
+    """Sizes of one group share ranges, so their traces have the same primitives."""
+    module = Block(nn.LayerNorm(WIDTH)).eval()
+    most = DEFAULT.round_bytes // (OPENED * (2 * OUT - WIDTH))
+
+    def rounds(*sizes: tuple[int, bool], prices: Prices = DEFAULT) -> list[int]:
+        """Return the rounds of those sizes that have a Program; the others set ranges."""
+        each: list[Any] = []
+        for rows, queried in sizes:
+            given = inputs(0, rows)
+            samples = [] if queried and len({q for _, q in sizes}) == 2 else [given]
+            each.append((Size(given, samples), {} if queried else None))
+        return [cost(made).rounds for made in compile_sizes(module, each, prices=prices)]
+
+    both, for_ranges = ((5, True), (most + 1, True)), ((most + 1, False), (5, True))
+    assert rounds(*both) == rounds(*both, prices=NEVER)
+    assert rounds(*for_ranges)[0] == rounds(*for_ranges, prices=NEVER)[0] - 1
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_three_parties_spare_it_where_weights_are_shared(public: bool) -> None:
+    """A product with weights that all parties know takes no round that could be spared."""
+    deployment, module = secure.ThreeParty(public_weights=public), Block(nn.LayerNorm(WIDTH)).eval()
+    found = [total_cost(deployment.translated(compiled(module, prices).program).circuit) for prices in (DEFAULT, NEVER)]
+    assert found[0].rounds == found[1].rounds - (0 if public else 1)
+    assert deployment.prices.of_weighted(None) == (0 if public else DEFAULT.round_bytes)
+
+
+def test_rows_of_a_table_are_not_normalized_late() -> None:
+    """Their inverse roots are looked up with them, so no round would be spared."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(4)
+            self.table, self.norm = nn.Embedding(20, WIDTH), nn.RMSNorm(WIDTH, eps=1e-5)
+            self.first, self.second = nn.Linear(WIDTH, OUT), nn.Linear(WIDTH, OUT)
+
+        def forward(self, ids: Tensor) -> Any:
+            found = self.norm(self.table(ids))
+            return self.first(found) * self.second(found)
+
+    module = Reader().eval()
+    module.table.weight.data *= torch.logspace(-1, 1, 20, 2.0)[:, None]
+    ids = torch.arange(20)[None, :7]
+    late, before = (mpc_compile(module, {"ids": ids}, prices=prices) for prices in (DEFAULT, NEVER))
+    assert cost(late) == cost(before)
+    made = secure.compile(module, {"ids": ids})
+    for given in (ids, torch.arange(13, 20)[None]):
+        with torch.no_grad():
+            expected = module(given)
+        with secure.insecure_in_process(made) as session:
+            assert float((session.query({"ids": given}) - expected).abs().max()) < 4e-3
