@@ -59,7 +59,7 @@ def weighed(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def inputs(seed: int, rows: int = 5, spread: float = 4.0) -> dict[str, Tensor]:
+def inputs(seed: int, rows: int = 5, spread: float = 1.5) -> dict[str, Tensor]:
     x = torch.randn((1, rows, WIDTH), generator=torch.Generator().manual_seed(seed))
     return {"x": x * torch.logspace(-math.log2(spread), math.log2(spread), rows, 2.0)[:, None]}
 

@@ -364,7 +364,7 @@ class Lowering:
         alone = len(layers) == len(readers) > 0 and node.id not in self.graph.outputs
         opened = sum(r.shape[-1] for r in layers) - (node.shape[-1] if alone else 0)
         late = bool(layers) and opened * self._each[node.id] * OPENED <= self._round_bytes > 0
-        unit = rows if column is None or late and alone else rows * column
+        unit = rows if column is None or (late and alone) else rows * column
         self.units[node.id] = (rows, column) if late else (unit, None)
         if alone:
             return unit
