@@ -103,12 +103,12 @@ def lower_sizes(
     weight: Callable[[str, Tensor], Tensor] = exact,
     told: Told = silent,
     public: bool = False,
-    round_bytes: int = 0,
+    late_bytes: int = 0,
 ) -> list[Lowered]:
     """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of their group.
 
     So the traces of a group have the same primitives, and all read the same weights. public: the positions of tokens
-    are no secret. round_bytes: see ``lowering.lower``; the most rows that a query of the group has count.
+    are no secret. late_bytes: see ``lowering.lower``; the most rows that a query of the group has count.
     Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends
     on the size, and for weights, or values on a sample, that are NaN or infinite.
     """
@@ -146,7 +146,7 @@ def lower_sizes(
             fixed=fixed,
             rows=rows,
             each=counts[size.group],
-            round_bytes=round_bytes,
+            late_bytes=late_bytes,
         )
         for (graph, parameters), size in zip(made, sizes, strict=True)
     ]
@@ -199,7 +199,7 @@ def lower_outline(
     reach: float,
     embedding: str,
     functions: Functions,
-    round_bytes: int = 0,
+    late_bytes: int = 0,
 ) -> tuple[Lowered, Ranges]:
     """Turn a module into a trace without reading its weights; return also the ranges of its values within ``reach``.
 
@@ -211,8 +211,6 @@ def lower_outline(
         name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
         for name, v in parameters.items()
     }
-    lowered = lower(
-        graph, shapes, assume(graph, reach), 0, embedding, functions, device="meta", round_bytes=round_bytes
-    )
+    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions, device="meta", late_bytes=late_bytes)
     polynomial = any(OPERATIONS[node.op].polynomial for node in graph.nodes if node.visibility == "shared")
     return lowered, Ranges.assume(lowered.trace, reach, polynomial=polynomial)

@@ -27,7 +27,7 @@ from secure.polynomial.forms import PolynomialNorm, PolynomialRMSNorm, freeze_un
 from secure.polynomial.recipe import Recipe
 
 WIDTH, OUT = 8, 12
-NEVER = replace(DEFAULT, weighted_rounds=0)
+NEVER = replace(DEFAULT, late_bytes=0)
 
 
 class Block(nn.Module):
@@ -111,7 +111,7 @@ def test_polynomial_forms_spare_it_too() -> None:
 
 def test_bytes_that_are_dearer_than_the_round_are_not_paid() -> None:
     module = Block(nn.LayerNorm(WIDTH)).eval()
-    most = DEFAULT.round_bytes // (OPENED * (2 * OUT - WIDTH))
+    most = DEFAULT.late_bytes // (OPENED * (2 * OUT - WIDTH))
     spared = [
         cost(compiled(module, NEVER, rows=rows)).rounds - cost(compiled(module, DEFAULT, rows=rows)).rounds
         for rows in (most, most + 1)
@@ -122,8 +122,8 @@ def test_bytes_that_are_dearer_than_the_round_are_not_paid() -> None:
 def test_a_network_that_is_named_says_what_a_round_is_worth() -> None:
     module = Block(nn.LayerNorm(WIDTH)).eval()
     near, far = find_network("1,0.001"), find_network("1,10000")
-    assert DEFAULT.of_weighted(near) < OPENED * (2 * OUT - WIDTH) * 5 < DEFAULT.of_weighted(far)
-    assert NEVER.of_weighted(far) == 0
+    assert DEFAULT.late(near) < OPENED * (2 * OUT - WIDTH) * 5 < DEFAULT.late(far)
+    assert NEVER.late(far) == 0
     found = [compiled(module, DEFAULT, network=network) for network in ("1,0.001", "1,10000")]
     assert [made.choice is not None for made in found] == [True, True]
     opened = [[i.protocol.shape for i in made.program.circuit if isinstance(i.protocol, Open)] for made in found]
@@ -134,7 +134,7 @@ def test_a_network_that_is_named_says_what_a_round_is_worth() -> None:
 def test_the_largest_query_of_a_group_decides_for_all_sizes() -> None:
     """Sizes of one group share ranges, so their traces have the same primitives."""
     module = Block(nn.LayerNorm(WIDTH)).eval()
-    most = DEFAULT.round_bytes // (OPENED * (2 * OUT - WIDTH))
+    most = DEFAULT.late_bytes // (OPENED * (2 * OUT - WIDTH))
 
     def rounds(*sizes: tuple[int, bool], prices: Prices = DEFAULT) -> list[int]:
         """Return the rounds of those sizes that have a Program; the others set ranges."""
@@ -156,7 +156,7 @@ def test_three_parties_spare_it_where_weights_are_shared(public: bool) -> None:
     deployment, module = secure.ThreeParty(public_weights=public), Block(nn.LayerNorm(WIDTH)).eval()
     found = [total_cost(deployment.translated(compiled(module, prices).program).circuit) for prices in (DEFAULT, NEVER)]
     assert found[0].rounds == found[1].rounds - (0 if public else 1)
-    assert deployment.prices.of_weighted(None) == (0 if public else DEFAULT.round_bytes)
+    assert deployment.prices.late(None) == (0 if public else DEFAULT.late_bytes)
 
 
 def test_rows_of_a_table_are_not_normalized_late() -> None:

@@ -72,7 +72,7 @@ def outline(
         reach=reach,
         embedding=embedding,
         functions=functions,
-        round_bytes=prices.of_weighted(found),
+        late_bytes=prices.late(found),
     )
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
     return emit_program(lowered, ranges, fixed, named, found, prices, answer_bits, checked=checked)

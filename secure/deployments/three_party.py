@@ -33,7 +33,7 @@ from secure.deployments.in_process import ThreePartiesInProcess
 from secure.errors import InvalidProgram
 from secure.models.tokens import TextTokenizer
 from secure.mpc import compile as mpc
-from secure.mpc.prices import Prices
+from secure.mpc.prices import DEFAULT, Prices
 from secure.mpc.program import Program
 from secure.session.link import Link
 
@@ -66,7 +66,7 @@ class ThreeParty(CircuitDeployment):
     @property
     def prices(self) -> Prices:
         # party 2 may deal within the query, and one of the three waits for its bytes as for any other's
-        return Prices(dealt_for_online=1, weighted_rounds=0 if self.public_weights else 1)
+        return Prices(dealt_for_online=1, late_bytes=0 if self.public_weights else DEFAULT.late_bytes)
 
     def roles(self, *, token_table: bool = False) -> tuple[Role, ...]:
         shown = "the token table" if token_table else NOTHING  # the protocol tells clients no weights, even public ones

@@ -88,14 +88,14 @@ def lower(
     fixed: Collection[str] = (),
     rows: Sequence[int] = (),
     each: Sequence[int] = (),
-    round_bytes: int = 0,
+    late_bytes: int = 0,
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
     device: "meta" if the parameters are shapes alone. room: for weights that are kept although they can be made again.
     fixed: parameters that are the same at all sizes of the model. rows: of each node the longest row at any size.
-    each: of each node the most rows at any size that a query has. round_bytes: the online bytes that are worth a round
-    of a product with a weight; 0: it takes none, or none is worth any.
+    each: of each node the most rows at any size that a query has. late_bytes: the online bytes for which layers spare
+    the round before them, see ``Lowering.normalized``; 0: never.
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
@@ -113,7 +113,7 @@ def lower(
         fixed=fixed,
         rows=rows,
         each=each,
-        round_bytes=round_bytes,
+        late_bytes=late_bytes,
     ).run()
 
 
@@ -147,7 +147,7 @@ class Lowering:
         fixed: Collection[str] = (),
         rows: Sequence[int] = (),
         each: Sequence[int] = (),
-        round_bytes: int = 0,
+        late_bytes: int = 0,
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
         self.embedding, self.functions, self.public = embedding, functions, public
@@ -163,7 +163,7 @@ class Lowering:
         self._symbols: dict[int, Symbol] = {}  # by shared node
         self._fixed, self._common, self._rows = fixed, set[str](), rows
         self._each = each or [math.prod(node.shape[:-1]) for node in graph.nodes]
-        self._round_bytes = round_bytes
+        self._late_bytes = late_bytes
         room = room or Room()
         self._known = Made[int](room)  # by node of the server's or public
         self._weights = Made[str](room)
@@ -356,14 +356,14 @@ class Lowering:
 
         Linear layers that read it absorb weight and bias. They may also take the rows as they are, while the column is
         still computed, and multiply what they give by the column, y (W x) for W (y x): it spares a round, and costs the
-        openings of their results. It is done where a round is worth as much; then, if all readers are such layers,
+        openings of their results. It is done where a round is worth those bytes; then, if all readers are such layers,
         nobody reads what this returns.
         """
         readers = self.readers(node)
         layers = [r for r in readers if OPERATIONS[r.op].takes_affine]
         alone = len(layers) == len(readers) > 0 and node.id not in self.graph.outputs
         opened = sum(r.shape[-1] for r in layers) - (node.shape[-1] if alone else 0)
-        late = bool(layers) and opened * self._each[node.id] * OPENED <= self._round_bytes > 0
+        late = bool(layers) and opened * self._each[node.id] * OPENED <= self._late_bytes > 0
         unit = rows if column is None or (late and alone) else rows * column
         self.units[node.id] = (rows, column) if late else (unit, None)
         if alone:

@@ -149,7 +149,7 @@ def compile_sizes(
         functions=functions,
         told=told,
         public=public_positions,
-        round_bytes=prices.of_weighted(found),
+        late_bytes=prices.late(found),
     )
     seen = dict[str, list[Ranges]]()
     for group in dict.fromkeys(size.group for size, _ in sizes):

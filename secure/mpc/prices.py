@@ -28,23 +28,22 @@ class Prices:
     table_bytes: the dealt bytes of tables, of all values of an operation together, for which they may spare a round:
     near parties take as long to make them as for one, and so operations of few values, as in a decoder's step, have
     wider tables. dealt_for_online: the dealt bytes that are worth one online byte: 1 where they are sent within the
-    query too. weighted_rounds: those of a product with a weight: 1, or 0 where all parties know the weights.
+    query too. late_bytes: the online bytes, both ways, for which layers spare the round before them, see
+    ``Lowering.normalized``. Parties that are near have short rounds, and open numbers in the time of one; 0: never, as
+    where all parties know the weights, and a layer takes no round.
     """
 
     round_bytes: int = 400_000
     coefficients: int = 512
     table_bytes: int = 400_000
     dealt_for_online: int = DEALT_FOR_ONLINE
-    weighted_rounds: int = 1
+    late_bytes: int = 32_000
 
-    def of_weighted(self, network: NetworkSpeed | None) -> int:
-        """Return the online bytes, both ways, for which a product with a weight may spare a round; None: of no network.
-
-        Of a network that is named: those that both directions carry while a round waits.
-        """
-        if network is None:
-            return self.weighted_rounds * self.round_bytes
-        return self.weighted_rounds * round(network.round_trip * network.bandwidth)
+    def late(self, network: NetworkSpeed | None) -> int:
+        """Return ``late_bytes`` for a network, what both directions carry while a round waits; None: near parties."""
+        if network is None or not self.late_bytes:
+            return self.late_bytes
+        return round(network.round_trip * network.bandwidth)
 
     @property
     def words(self) -> str:
