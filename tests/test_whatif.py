@@ -178,7 +178,8 @@ def test_projected_seconds_are_asked_for_every_program() -> None:
     assert outcome.cost is not None
     waited = NETWORKS[1].round_trip / 2 * outcome.cost.rounds
     assert outcome.seconds[LOOPBACK] >= 0.5
-    assert outcome.seconds[WAN] >= outcome.seconds[LOOPBACK] + waited * 0.9
+    # the path that takes longest at half a second an instruction may have a round less than the one of most rounds
+    assert outcome.seconds[WAN] >= outcome.seconds[LOOPBACK] + waited * 0.8
 
 
 # variants and the choice
