@@ -104,11 +104,13 @@ def lower_sizes(
     told: Told = silent,
     public: bool = False,
     late_bytes: int = 0,
+    queried: Sequence[bool] = (),
 ) -> list[Lowered]:
     """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of their group.
 
     So the traces of a group have the same primitives, and all read the same weights. public: the positions of tokens
-    are no secret. late_bytes: see ``lowering.lower``; the most rows that a query of the group has count.
+    are no secret. late_bytes: see ``lowering.lower``; the most rows that a query of the group has count. queried: which
+    sizes queries have; by default all.
     Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends
     on the size, and for weights, or values on a sample, that are NaN or infinite.
     """
@@ -132,7 +134,10 @@ def lower_sizes(
     fixed = _fixed([parameters for _, parameters in graphs.values()])
     shapes = zip(*([node.shape for node in graph.nodes] for graph, _ in graphs.values()), strict=True)
     rows = [max(max(shape[-1:], default=0) for shape in each) for each in shapes]
-    counts = {group: _most_rows(sizes, group, [graph for graph, _ in made]) for group in seen}
+    counts = {
+        group: _most_rows([made[n][0] for n in of_group(sizes, group)[0] if not queried or queried[n]])
+        for group in seen
+    }
     return [
         lower(
             graph,
@@ -152,13 +157,11 @@ def lower_sizes(
     ]
 
 
-def _most_rows(sizes: Sequence[Size], group: str, graphs: Sequence[Graph]) -> list[int]:
-    """Return the most rows that each node has in a query of a group; sizes that set ranges for others have none."""
-    places, _ = of_group(sizes, group)
-    queried = [n for n in places if not sizes[n].samples] or places
+def _most_rows(graphs: Sequence[Graph]) -> list[int]:
+    """Return the most rows that each node has at several sizes."""
     return [
         max(math.prod(node.shape[:-1]) for node in nodes)
-        for nodes in zip(*(graphs[n].nodes for n in queried), strict=True)
+        for nodes in zip(*(graph.nodes for graph in graphs), strict=True)
     ]
 
 

@@ -16,7 +16,7 @@ from secure.deployments.generator import written
 from secure.errors import InvalidInput
 from secure.models.causal import load_language_model
 from secure.models.decoder import Decoder, looks_positions_up, prompt_inputs, step_inputs
-from secure.polynomial.forms import forms, freeze_untrained, weighed_values
+from secure.polynomial.forms import PowerAttention, forms, freeze_untrained, padded_before, weighed_values
 from secure.polynomial.recipe import RECIPE, Recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.distil import distil
@@ -122,7 +122,7 @@ def test_padding_meets_the_same_ranges_in_training_as_where_it_is_served(name: s
     model = polynomial(name)
     padded = prompt_inputs([5, 7, 9], 12, places=not looks_positions_up(model))
     runs: dict[str, Callable[[], object]] = {
-        "trained": lambda: model(**padded, use_cache=False),
+        "trained": lambda: run(model, padded),
         "served": lambda: Decoder(model).scored(**padded),
     }
     met: dict[str, list[tuple[float, float]]] = {}
@@ -137,6 +137,20 @@ def test_padding_meets_the_same_ranges_in_training_as_where_it_is_served(name: s
             form.seen.clear()
     assert met["trained"] == [pytest.approx(both, rel=1e-4) for both in met["served"]]
     assert len(met["trained"]) > 2
+
+
+def test_only_texts_that_are_padded_before_have_padding() -> None:
+    """A window is no padding: what the last row does not see, others read."""
+    form = PowerAttention(Recipe())
+    form.found = {"centre": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn((3, 1, 1, 6, 4), generator=generator).unbind()
+    near = ((torch.arange(6)[:, None] - torch.arange(6)).abs() <= 1).float()[None, None]
+    weights = near / near.sum(-1, keepdim=True)
+    assert float(form(query, key, value, weights, 0.5)[0, 0, 0].norm()) > 0.1
+    with padded_before(form):
+        assert float(form(query, key, value, weights, 0.5)[0, 0, 0].norm()) == 0
+    assert not form.padded
 
 
 def test_a_mask_that_is_not_weighed_is_refused_before_ranges_are_frozen() -> None:

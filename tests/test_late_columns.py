@@ -15,13 +15,12 @@ from torch import Tensor, nn
 import secure
 from protocols.circuit import total_cost
 from protocols.protocol import CircuitCost
-from protocols.two_party import Linear, Open
+from protocols.two_party import Linear
 from secure.deployments.circuits import CircuitDeployment
 from secure.frontend import Size
-from secure.lowering.lower import OPENED
+from secure.lowering.lower import LARGEST_COLUMN, OPENED
 from secure.mpc.compile import MpcModel, compile_sizes
 from secure.mpc.compile import compile as mpc_compile
-from secure.mpc.network import find_network
 from secure.mpc.prices import DEFAULT, Prices
 from secure.polynomial.forms import PolynomialNorm, PolynomialRMSNorm, freeze_untrained
 from secure.polynomial.recipe import Recipe
@@ -111,7 +110,7 @@ def test_polynomial_forms_spare_it_too() -> None:
 
 def test_bytes_that_are_dearer_than_the_round_are_not_paid() -> None:
     module = Block(nn.LayerNorm(WIDTH)).eval()
-    most = DEFAULT.late_bytes // (OPENED * (2 * OUT - WIDTH))
+    most = DEFAULT.late_bytes // (OPENED * 2 * OUT)
     spared = [
         cost(compiled(module, NEVER, rows=rows)).rounds - cost(compiled(module, DEFAULT, rows=rows)).rounds
         for rows in (most, most + 1)
@@ -119,30 +118,54 @@ def test_bytes_that_are_dearer_than_the_round_are_not_paid() -> None:
     assert spared == [1, 0]
 
 
-def test_a_network_that_is_named_says_what_a_round_is_worth() -> None:
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("rows", [1, 8, 64, 256])
+def test_a_round_costs_no_more_than_its_price(width: int, rows: int) -> None:
+    torch.manual_seed(5)
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, width), nn.Linear(width, 4))
+    x = torch.randn((1, rows, 64), generator=torch.Generator().manual_seed(rows))
+    late, before = (cost(mpc_compile(module, {"input": x}, prices=prices)) for prices in (DEFAULT, NEVER))
+    more = late.to_first + late.to_second - before.to_first - before.to_second
+    assert more <= DEFAULT.late_bytes
+    assert (late.rounds < before.rounds) == (OPENED * width * rows <= DEFAULT.late_bytes)
+
+
+@pytest.mark.parametrize("least", [2.0**-6, 2.0**-3, 0.5])
+def test_columns_that_would_multiply_the_rounding_do_not_come_late(least: float) -> None:
+    """Rows from ``least`` to one, and small weights: what a late column multiplies was rounded before."""
+    torch.manual_seed(6)
+    module = Block(nn.RMSNorm(WIDTH, eps=1e-7)).eval()
+    module.enter.bias.data.zero_()
+    rows = torch.logspace(math.log2(least), 0, 9, 2.0)[:, None]
+    given = [
+        {"x": torch.nn.functional.normalize(torch.randn(1, 9, WIDTH), dim=-1) * WIDTH**0.5 * rows} for _ in range(6)
+    ]
+    late, before = (mpc_compile(module, given[0], calibration=given[1:], prices=p) for p in (DEFAULT, NEVER))
+    assert cost(before).rounds - cost(late).rounds == (1 / least < LARGEST_COLUMN)
+    made = secure.compile(module, given[0], calibration=given[1:])
+    with torch.no_grad(), secure.insecure_in_process(made) as session:
+        assert float((session.query(given[2]) - module(**given[2])).abs().max()) < 4e-3
+
+
+def test_the_default_choice_of_a_network_is_that_of_none() -> None:
     module = Block(nn.LayerNorm(WIDTH)).eval()
-    near, far = find_network("1,0.001"), find_network("1,10000")
-    assert DEFAULT.late(near) < OPENED * (2 * OUT - WIDTH) * 5 < DEFAULT.late(far)
-    assert NEVER.late(far) == 0
-    found = [compiled(module, DEFAULT, network=network) for network in ("1,0.001", "1,10000")]
-    assert [made.choice is not None for made in found] == [True, True]
-    opened = [[i.protocol.shape for i in made.program.circuit if isinstance(i.protocol, Open)] for made in found]
-    # the product of the two layers opens both; before it each opens its own, if the column comes late
-    assert [shapes.count((1, 5, OUT)) for shapes in opened] == [2, 4]
+    for network in ("1,0.001", "lan", "1,10000"):
+        choice = compiled(module, DEFAULT, network=network).choice
+        assert choice is not None
+        assert choice.default == cost(compiled(module, DEFAULT))
 
 
 def test_the_largest_query_of_a_group_decides_for_all_sizes() -> None:
     """Sizes of one group share ranges, so their traces have the same primitives."""
     module = Block(nn.LayerNorm(WIDTH)).eval()
-    most = DEFAULT.late_bytes // (OPENED * (2 * OUT - WIDTH))
+    most = DEFAULT.late_bytes // (OPENED * 2 * OUT)
 
     def rounds(*sizes: tuple[int, bool], prices: Prices = DEFAULT) -> list[int]:
         """Return the rounds of those sizes that have a Program; the others set ranges."""
         each: list[Any] = []
         for rows, queried in sizes:
             given = inputs(0, rows)
-            samples = [] if queried and len({q for _, q in sizes}) == 2 else [given]
-            each.append((Size(given, samples), {} if queried else None))
+            each.append((Size(given, [given]), {} if queried else None))
         return [cost(made).rounds for made in compile_sizes(module, each, prices=prices)]
 
     both, for_ranges = ((5, True), (most + 1, True)), ((most + 1, False), (5, True))
@@ -156,7 +179,7 @@ def test_three_parties_spare_it_where_weights_are_shared(public: bool) -> None:
     deployment, module = secure.ThreeParty(public_weights=public), Block(nn.LayerNorm(WIDTH)).eval()
     found = [total_cost(deployment.translated(compiled(module, prices).program).circuit) for prices in (DEFAULT, NEVER)]
     assert found[0].rounds == found[1].rounds - (0 if public else 1)
-    assert deployment.prices.late(None) == (0 if public else DEFAULT.late_bytes)
+    assert deployment.prices.late_bytes == (0 if public else DEFAULT.late_bytes)
 
 
 def test_rows_of_a_table_are_not_normalized_late() -> None:

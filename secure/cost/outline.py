@@ -65,16 +65,16 @@ def outline(
     """
     fixed, functions = fixed_point or FixedPoint(), chosen(approximations, gelu)
     check_answer_bits(answer_bits, fixed)
-    found = find_network(network or LOOPBACK)
     lowered, ranges = lower_outline(
         model,
         example_inputs,
         reach=reach,
         embedding=embedding,
         functions=functions,
-        late_bytes=prices.late(found),
+        late_bytes=prices.late_bytes,
     )
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
+    found = find_network(network or LOOPBACK)
     return emit_program(lowered, ranges, fixed, named, found, prices, answer_bits, checked=checked)
 
 

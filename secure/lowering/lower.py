@@ -28,6 +28,9 @@ from secure.lowering.trace import Symbol, Trace, WeightRef
 OPENED = 16
 """The online bytes of an opened number, both ways; at most."""
 
+LARGEST_COLUMN = 16.0
+"""The largest inverse root of a row that comes late: results lose four bits of precision at most."""
+
 Sample = Mapping[str, Tensor]
 """A module's keyword arguments."""
 
@@ -356,14 +359,13 @@ class Lowering:
 
         Linear layers that read it absorb weight and bias. They may also take the rows as they are, while the column is
         still computed, and multiply what they give by the column, y (W x) for W (y x): it spares a round, and costs the
-        openings of their results. It is done where a round is worth those bytes; then, if all readers are such layers,
-        nobody reads what this returns.
+        openings of their results. It is done where a round is worth those bytes, and the column is not so large that it
+        would multiply the results' rounding; then, if all readers are such layers, nobody reads what this returns.
         """
         readers = self.readers(node)
         layers = [r for r in readers if OPERATIONS[r.op].takes_affine]
         alone = len(layers) == len(readers) > 0 and node.id not in self.graph.outputs
-        opened = sum(r.shape[-1] for r in layers) - (node.shape[-1] if alone else 0)
-        late = bool(layers) and opened * self._each[node.id] * OPENED <= self._late_bytes > 0
+        late = column is not None and bool(layers) and self._comes_late(node, sum(r.shape[-1] for r in layers))
         unit = rows if column is None or (late and alone) else rows * column
         self.units[node.id] = (rows, column) if late else (unit, None)
         if alone:
@@ -372,6 +374,13 @@ class Lowering:
         weight = self.weight(node.inputs[1]) if len(node.inputs) > 1 else 1.0
         bias = self.weight(node.inputs[2]) if len(node.inputs) > 2 else 0.0
         return unit * weight + bias
+
+    def _comes_late(self, node: Node, opened: int) -> bool:
+        """True if the column of a normalization comes late, for layers with so many results a row together."""
+        low, high = self.measured(node)
+        top = min(1.0, high) if self.compares else 1.0  # smaller rows are brought up to it
+        column = math.sqrt(top / low) if low > 0 else math.inf
+        return opened * self._each[node.id] * OPENED <= self._late_bytes > 0 and column <= LARGEST_COLUMN
 
 
 def _float64(value: Tensor | Callable[[], Tensor]) -> Tensor:

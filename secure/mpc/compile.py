@@ -140,7 +140,6 @@ def compile_sizes(
     fixed = fixed_point or FixedPoint()
     check_answer_bits(answer_bits, fixed)
     functions = chosen(approximations, gelu)
-    found = find_network(network or LOOPBACK)
     lowered = lower_sizes(
         model,
         [size for size, _ in sizes],
@@ -149,7 +148,8 @@ def compile_sizes(
         functions=functions,
         told=told,
         public=public_positions,
-        late_bytes=prices.late(found),
+        late_bytes=prices.late_bytes,
+        queried=[labels is not None for _, labels in sizes],
     )
     seen = dict[str, list[Ranges]]()
     for group in dict.fromkeys(size.group for size, _ in sizes):
@@ -160,7 +160,7 @@ def compile_sizes(
             Ranges.calibrate(each.trace, [each.inputs(sample)], each.weights, fixed.margin_bits, rows)
             for each, sample, rows in counted(samples, told, "calibrating")
         ]
-    named = {"embedding": embedding, **functions.labels}
+    named, found = {"embedding": embedding, **functions.labels}, find_network(network or LOOPBACK)
     wanted = [
         (each, Ranges.united(seen[size.group], each.trace), {**named, **labels})
         for each, (size, labels) in zip(lowered, sizes, strict=True)

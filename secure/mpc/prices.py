@@ -30,7 +30,8 @@ class Prices:
     wider tables. dealt_for_online: the dealt bytes that are worth one online byte: 1 where they are sent within the
     query too. late_bytes: the online bytes, both ways, for which layers spare the round before them, see
     ``Lowering.normalized``. Parties that are near have short rounds, and open numbers in the time of one; 0: never, as
-    where all parties know the weights, and a layer takes no round.
+    where all parties know the weights, and a layer takes no round. The largest query decides for all that are compiled
+    together, so that a smaller one alone may take a round less.
     """
 
     round_bytes: int = 400_000
@@ -38,12 +39,6 @@ class Prices:
     table_bytes: int = 400_000
     dealt_for_online: int = DEALT_FOR_ONLINE
     late_bytes: int = 32_000
-
-    def late(self, network: NetworkSpeed | None) -> int:
-        """Return ``late_bytes`` for a network, what both directions carry while a round waits; None: near parties."""
-        if network is None or not self.late_bytes:
-            return self.late_bytes
-        return round(network.round_trip * network.bandwidth)
 
     @property
     def words(self) -> str:

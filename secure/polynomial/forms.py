@@ -146,6 +146,7 @@ class PowerAttention(Form):
         super().__init__(recipe, found)
         self.scale_queries = scale_queries
         self.weighed = False  # values come with what is masked as zero; see ``weighed_values``
+        self.padded = False  # keys that the last row does not see are padding; see ``padded_before``
 
     @property
     def floor(self) -> float:  # type: ignore[override]
@@ -157,12 +158,10 @@ class PowerAttention(Form):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None, scaling: float) -> Tensor:
         """Attend with query, key and value of shape (B, H, T, d).
 
-        weights: (B, 1, 1 or T, L), zero where masked, with a sum of one in every row; None for equal weights. What the
-        last row does not see is padding, and its values count as zero for every row: rows of padding then compute in
-        training what they compute where ``weighed_values`` are served, and ranges are those of both.
+        weights: (B, 1, 1 or T, L), zero where masked, with a sum of one in every row; None for equal weights.
         """
         r = self.recipe
-        if weights is not None and not self.weighed:
+        if weights is not None and self.padded:
             value = value * (weights[..., -1:, :] > 0).to(value.dtype).transpose(-1, -2)
         products = query @ key.transpose(-1, -2)
         if not self.frozen and self.weighed:
@@ -214,14 +213,32 @@ def weighed_values(model: nn.Module) -> Iterator[None]:
 
     A decoder keeps its values so: then no mask is multiplied by scores. It computes the same, padding included.
     """
+    with _attentions(model, "weighed"):
+        yield
+
+
+@contextmanager
+def padded_before(model: nn.Module) -> Iterator[None]:
+    """Within a ``with`` block, let values count as zero, for every row, at all keys that the last row does not see.
+
+    They are padding before the texts of a batch: other masks, such as windows, are not for it. Rows of padding then
+    compute in training what they compute where ``weighed_values`` are served, and their ranges are the same.
+    """
+    with _attentions(model, "padded"):
+        yield
+
+
+@contextmanager
+def _attentions(model: nn.Module, name: str) -> Iterator[None]:
+    """Set an attribute of every attention within a ``with`` block."""
     attentions = [form for _, form in forms(model) if isinstance(form, PowerAttention)]
     for form in attentions:
-        form.weighed = True
+        setattr(form, name, True)
     try:
         yield
     finally:
         for form in attentions:
-            form.weighed = False
+            setattr(form, name, False)
 
 
 class PolynomialActivation(Form):

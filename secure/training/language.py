@@ -18,6 +18,7 @@ from secure.models.checkpoints import quiet_transformers
 from secure.models.decoder import looks_positions_up, most_positions, prompt_inputs, vocabulary
 from secure.models.served_tokenizer import load_tokenizer
 from secure.models.tokens import TextTokenizer
+from secure.polynomial.forms import padded_before
 from secure.polynomial.swap import seen_keys
 from secure.progress import Told, silent
 from secure.training.lesson import Lesson
@@ -145,8 +146,12 @@ def rows_written(model: nn.Module, count: int, length: int, seed: int, told: Tol
 
 
 def run(model: nn.Module, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the scores of all tokens at all places, and the hidden states of every layer."""
-    found: Any = model(**batch, output_hidden_states=True, use_cache=False)
+    """Return the scores of all tokens at all places, and the hidden states of every layer.
+
+    A mask in the batch is that of ``Padding``.
+    """
+    with padded_before(model):
+        found: Any = model(**batch, output_hidden_states=True, use_cache=False)
     return found.logits, found.hidden_states
 
 
