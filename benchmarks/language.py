@@ -1,13 +1,13 @@
 """A language model in polynomial form beside its original: perplexities, and its texts under the protocol.
 
     python -m benchmarks.language DIRECTORY --original DIRECTORY [--texts NAME=FILE ...] [--tokens 100] [--capacity 128]
-        [--prompt 16] [--fraction-bits 12] [--write]
+        [--prompt 16] [--fraction-bits 12] [--lengths 64 128 192 256] [--write]
 
 DIRECTORY is what ``unseen train`` wrote. Perplexities: on rows that the original writes with other seeds than those to
-learn from, and on the files of --texts. Texts: five beginnings are continued by both models, two parties in this
-process. ``same``: the tokens of the polynomial model that its own floating point finds most likely behind the same
-text. Rounds and bytes of a step are counted, seconds of a token are medians. --write: keep them in
-benchmarks/results/language.json.
+learn from, of the usual length and of each of --lengths, and on the files of --texts. Texts: five beginnings are
+continued by both models, two parties in this process. ``same``: the tokens of the polynomial model that its own
+floating point finds most likely behind the same text. Rounds and bytes of a step are counted, seconds of a token are
+medians. --write: keep them in benchmarks/results/language.json.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--fraction-bits", type=int, default=12)
+    parser.add_argument("--lengths", nargs="*", type=int, default=[])
     parser.add_argument("--write", action="store_true")
     o = parser.parse_args()
     model, original, tokenizer = (
@@ -90,6 +91,8 @@ def main() -> None:
     )
     length = row_length(model)
     rows = {"written by the original": rows_written(original, ROWS, length, HELD_OUT_SEED)}
+    for each in o.lengths:
+        rows[f"written by the original, {each} tokens"] = rows_written(original, ROWS, each, HELD_OUT_SEED)
     for named in o.texts:
         name, _, file = named.partition("=")
         rows[name] = rows_of_texts(tokenizer, Path(file).read_text().splitlines(), length)

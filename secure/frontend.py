@@ -150,7 +150,7 @@ def lower_sizes(
             room=room,
             fixed=fixed,
             rows=rows,
-            each=counts[size.group],
+            most_rows=counts[size.group],
             late_bytes=late_bytes,
         )
         for (graph, parameters), size in zip(made, sizes, strict=True)

@@ -90,15 +90,15 @@ def lower(
     room: Room | None = None,
     fixed: Collection[str] = (),
     rows: Sequence[int] = (),
-    each: Sequence[int] = (),
+    most_rows: Sequence[int] = (),
     late_bytes: int = 0,
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
     device: "meta" if the parameters are shapes alone. room: for weights that are kept although they can be made again.
     fixed: parameters that are the same at all sizes of the model. rows: of each node the longest row at any size.
-    each: of each node the most rows at any size that a query has. late_bytes: the online bytes for which layers spare
-    the round before them, see ``Lowering.normalized``; 0: never.
+    most_rows: of each node the most rows at any size that a query has. late_bytes: the online bytes for which layers
+    spare the round before them, see ``Lowering.normalized``; 0: never.
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
@@ -115,7 +115,7 @@ def lower(
         room=room,
         fixed=fixed,
         rows=rows,
-        each=each,
+        most_rows=most_rows,
         late_bytes=late_bytes,
     ).run()
 
@@ -149,7 +149,7 @@ class Lowering:
         room: Room | None = None,
         fixed: Collection[str] = (),
         rows: Sequence[int] = (),
-        each: Sequence[int] = (),
+        most_rows: Sequence[int] = (),
         late_bytes: int = 0,
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
@@ -165,7 +165,7 @@ class Lowering:
         self._trace = Trace()
         self._symbols: dict[int, Symbol] = {}  # by shared node
         self._fixed, self._common, self._rows = fixed, set[str](), rows
-        self._each = each or [math.prod(node.shape[:-1]) for node in graph.nodes]
+        self._most_rows = most_rows or [math.prod(node.shape[:-1]) for node in graph.nodes]
         self._late_bytes = late_bytes
         room = room or Room()
         self._known = Made[int](room)  # by node of the server's or public
@@ -380,7 +380,7 @@ class Lowering:
         low, high = self.measured(node)
         top = min(1.0, high) if self.compares else 1.0  # smaller rows are brought up to it
         column = math.sqrt(top / low) if low > 0 else math.inf
-        return opened * self._each[node.id] * OPENED <= self._late_bytes > 0 and column <= LARGEST_COLUMN
+        return opened * self._most_rows[node.id] * OPENED <= self._late_bytes > 0 and column <= LARGEST_COLUMN
 
 
 def _float64(value: Tensor | Callable[[], Tensor]) -> Tensor:
