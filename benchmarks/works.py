@@ -78,6 +78,7 @@ HOW = {
     "argmax": "secret input; the place alone is revealed",
     "head": "a classifier's first token to its label: dense, tanh, linear, arg-max; weights held by the server",
     "bert-large": "the same in the shape of BERT-large",
+    "gpt2": "token ids to the most likely next one, in the shape of GPT-2 base; all weights at the server",
     "deit-tiny": "pixels of one image to logits, random weights, 197 tokens; nothing but the weights at the server",
     "polynomial-bert-base": "the same in polynomial form, its ranges and polynomials taken from random inputs",
 }
@@ -171,6 +172,20 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.out(torch.tanh(self.dense(x)))
         return scores.argmax(-1)
+
+
+class NextToken(nn.Module):
+    """A causal language model to the token that it finds most likely after a text: (1, 1) integers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        model: Any = self.model
+        hidden = model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
+        out: Tensor = model.lm_head(hidden[:, -1:]).argmax(-1)
+        return out
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -389,8 +404,48 @@ def deit(name: str, approximations: str) -> Job:
     return Job(name, image(0), build, expected)
 
 
+def gpt2(name: str, approximations: str) -> Job:
+    """GPT-2 base of the peers' weights: the token after a prompt that fills its length."""
+    given = peers.gpt2(int(name.split()[1]))
+    vocabulary, length = len(given.tokens), len(given.ids)
+
+    def ids(seed: int) -> dict[str, Tensor]:
+        drawn = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": drawn}
+
+    def build(deployment: CircuitDeployment | None = None) -> secure.Compiled:
+        first, *others = (ids(seed) for seed in range(1, CALIBRATION + 1))
+        chosen: dict[str, Any] = {"approximations": approximations, "deployment": deployment}
+        return secure.compile(NextToken(gpt2_model(given)).eval(), first, calibration=others, **chosen)
+
+    inputs = {"input_ids": torch.from_numpy(given.ids)[None]}
+    return Job(name, inputs, build, lambda: torch.from_numpy(peers.decoder(name, given).expected[0])[None])
+
+
+def gpt2_model(given: peers.Gpt2) -> nn.Module:
+    """The peers' weights as ``transformers`` has them; GeLU and the norms' epsilon are the peers' too."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    (vocabulary, width), length, layers = given.tokens.shape, len(given.positions), len(given.layers)
+    sizes: dict[str, Any] = {"n_layer": layers, "n_head": given.heads, "n_embd": width, "n_positions": length}
+    sizes |= {"vocab_size": vocabulary, "activation_function": "gelu", "layer_norm_epsilon": 1e-12}
+    sizes |= {"attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0}
+    arrays = {"wte.weight": given.tokens, "wpe.weight": given.positions}
+    arrays |= {"ln_f.weight": given.norm["norm"], "ln_f.bias": given.norm["norm.bias"]}
+    places = {"attn.c_proj": "output", "mlp.c_fc": "up", "mlp.c_proj": "down", "ln_1": "attention norm", "ln_2": "norm"}
+    for i, layer in enumerate(given.layers):
+        for kind, suffix in (("weight", ""), ("bias", ".bias")):
+            joined = [layer[f"{n}{suffix}"] for n in ("query", "key", "value")]
+            arrays[f"h.{i}.attn.c_attn.{kind}"] = np.concatenate(joined, -1)
+            arrays |= {f"h.{i}.{place}.{kind}": layer[f"{n}{suffix}"] for place, n in places.items()}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    model.transformer.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
+    model.tie_weights()
+    return model
+
+
 def make(name: str, approximations: str = "default") -> Job:
     """The work of that name, the same at every call."""
     berts = dict.fromkeys(("bert-base", "bert-large", "polynomial-bert-base"), bert)
-    makers = {"minilm": minilm, "deit-tiny": deit, **berts}
+    makers = {"minilm": minilm, "deit-tiny": deit, "gpt2": gpt2, **berts}
     return makers.get(name.split()[0], operation)(name, approximations)

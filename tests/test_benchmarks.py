@@ -138,6 +138,17 @@ def test_small_works_are_right_and_take_what_the_profile_says(name: str) -> None
     assert secure.profile(compiled).cost == compiled.cost
 
 
+def test_a_decoder_is_the_same_for_peers_and_for_us() -> None:
+    given = peers.gpt2(8, layers=2, width=48, heads=4, vocabulary=97)
+    model = works.NextToken(works.gpt2_model(given)).double().eval()
+    (expected,) = peers.decoder("gpt2 8", given).expected
+    with torch.no_grad():
+        assert model(torch.from_numpy(given.ids)[None]).flatten().tolist() == expected.tolist()
+    compiled = secure.compile(works.NextToken(works.gpt2_model(given)).eval(), {"input_ids": torch.arange(8)[None]})
+    with secure.insecure_in_process(compiled) as session:
+        assert session.query({"input_ids": torch.from_numpy(given.ids)[None]}).flatten().tolist() == expected.tolist()
+
+
 def test_nobody_knows_the_operand_of_an_operation() -> None:
     work, job = peers.make("gelu 4x8"), works.make("gelu 4x8")
     assert not np.isclose(job.inputs["x"].numpy(), work.arrays["x"]).any()

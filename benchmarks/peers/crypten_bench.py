@@ -47,30 +47,46 @@ def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
     return d * d.square().mean(-1, keepdim=True).inv_sqrt() * weight + bias
 
 
+def linear(x: Any, w: dict[str, Any], name: str) -> Any:
+    return x.matmul(w[name]) + w[f"{name}.bias"]
+
+
+def attention(x: Any, w: dict[str, Any], mask: Any, heads: int) -> Any:
+    rows = x.size(0)
+    q, k, v = (linear(x, w, n).reshape(rows, heads, -1).transpose(0, 1) for n in ("query", "key", "value"))
+    scores = q.matmul(k.transpose(1, 2)) * (1 / math.sqrt(q.size(-1))) + mask
+    return linear(scores.softmax(-1).matmul(v).transpose(0, 1).reshape(rows, -1), w, "output")
+
+
+def decoder(a: dict[str, Any], heads: int, layers: int, gelu: Callable[[Any], Any]) -> tuple[Any]:
+    x = a["x"]
+    for i in range(layers):
+        w = {name: a[f"{i}.{name}"] for name in LAYER}
+        x = x + attention(layer_norm(x, w["attention norm"], w["attention norm.bias"]), w, a["mask"], heads)
+        x = x + linear(gelu(linear(layer_norm(x, w["norm"], w["norm.bias"]), w, "up")), w, "down")
+    scores = layer_norm(x[-1:], a["norm"], a["norm.bias"]).matmul(a["head"])
+    return (scores.argmax(dim=-1, one_hot=False),)
+
+
 def encoder(a: dict[str, Any], heads: int, layers: int, gelu: Callable[[Any], Any]) -> tuple[Any, Any]:
     x = a["x"]
     if "norm" in a:
         # MiniLM's embeddings have variances from 0.004, where CrypTen's inverse square root is 60 % off (it is good
         # from 0.1 to 150). Eight times as large they normalize to the same, within its range.
         x = layer_norm(x * 8, a["norm"], a["norm.bias"])
-    rows = x.size(0)
     for i in range(layers):
         w = {name: a[f"{i}.{name}"] for name in LAYER}
-
-        def linear(x: Any, name: str, w: dict[str, Any] = w) -> Any:
-            return x.matmul(w[name]) + w[f"{name}.bias"]
-
-        q, k, v = (linear(x, n).reshape(rows, heads, -1).transpose(0, 1) for n in ("query", "key", "value"))
-        scores = q.matmul(k.transpose(1, 2)) * (1 / math.sqrt(q.size(-1))) + a["mask"]
-        context = scores.softmax(-1).matmul(v).transpose(0, 1).reshape(rows, -1)
-        x = layer_norm(x + linear(context, "output"), w["attention norm"], w["attention norm.bias"])
-        x = layer_norm(x + linear(gelu(linear(x, "up")), "down"), w["norm"], w["norm.bias"])
+        x = layer_norm(x + attention(x, w, a["mask"], heads), w["attention norm"], w["attention norm.bias"])
+        x = layer_norm(x + linear(gelu(linear(x, w, "up")), w, "down"), w["norm"], w["norm.bias"])
     return x, a["pool"].matmul(x)
 
 
+LAYERED: dict[str, Callable[..., tuple[Any, ...]]] = {"encoder": encoder, "decoder": decoder}
+
+
 def function(work: Work, gelu: str) -> Function:
-    if work.kind == "encoder":
-        return lambda a: encoder(a, work.heads, work.layers, GELUS[gelu])
+    if work.kind in LAYERED:
+        return lambda a: LAYERED[work.kind](a, work.heads, work.layers, GELUS[gelu])
     return {
         "matmul": lambda a: (a["x"].matmul(a["y"]),),
         "multiply": lambda a: (a["x"] * a["y"],),
@@ -142,7 +158,7 @@ def main() -> None:
         rows[name] |= {"bytes": round(sum(answer[1] for answer in answers) / 2), "rounds": answers[0][2]}
         work = make(name, chosen.weights)
         rows[name] |= accuracy(work, [np.asarray(out) for out in answers[0][3]])
-        if work.kind in ("gelu", "encoder"):
+        if work.kind in ("gelu", *LAYERED):
             rows[name]["gelu"] = chosen_gelu(name, chosen.gelu)
         say(f"{name}: {rows[name]}")
     for child in children:

@@ -66,27 +66,49 @@ def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
     return d * jax.lax.rsqrt(jnp.mean(jnp.square(d), -1, keepdims=True) + 1e-12) * weight + bias
 
 
+def linear(x: Any, w: dict[str, Any], name: str) -> Any:
+    return x @ w[name] + w[f"{name}.bias"]
+
+
+def attention(x: Any, w: dict[str, Any], mask: Any, heads: int) -> Any:
+    q, k, v = (
+        jnp.transpose(jnp.reshape(linear(x, w, n), (x.shape[0], heads, -1)), (1, 0, 2))
+        for n in ("query", "key", "value")
+    )
+    scores = jnp.matmul(q / np.sqrt(q.shape[-1]), jnp.transpose(k, (0, 2, 1)))
+    context = jnp.reshape(jnp.transpose(jnp.matmul(softmax(scores + mask), v), (1, 0, 2)), x.shape)
+    return linear(context, w, "output")
+
+
+def feed_forward(x: Any, w: dict[str, Any]) -> Any:
+    return linear(gelu(linear(x, w, "up")), w, "down")
+
+
 def encoder(heads: int, layers: int) -> Callable[[dict[str, Any]], Any]:
     def encode(a: dict[str, Any]) -> Any:
         x = layer_norm(a["x"], a["norm"], a["norm.bias"]) if "norm" in a else a["x"]
         for i in range(layers):
             w = {name: a[f"{i}.{name}"] for name in LAYER}
-
-            def linear(x: Any, name: str, w: dict[str, Any] = w) -> Any:
-                return x @ w[name] + w[f"{name}.bias"]
-
-            q, k, v = (
-                jnp.transpose(jnp.reshape(linear(x, n), (x.shape[0], heads, -1)), (1, 0, 2))
-                for n in ("query", "key", "value")
-            )
-            scores = jnp.matmul(q / np.sqrt(q.shape[-1]), jnp.transpose(k, (0, 2, 1)))
-            context = jnp.reshape(jnp.transpose(jnp.matmul(softmax(scores + a["mask"]), v), (1, 0, 2)), x.shape)
-            x = layer_norm(x + linear(context, "output"), w["attention norm"], w["attention norm.bias"])
-            x = layer_norm(x + linear(gelu(linear(x, "up")), "down"), w["norm"], w["norm.bias"])
+            x = layer_norm(x + attention(x, w, a["mask"], heads), w["attention norm"], w["attention norm.bias"])
+            x = layer_norm(x + feed_forward(x, w), w["norm"], w["norm.bias"])
         return x, a["pool"] @ x
 
     return encode
 
+
+def decoder(heads: int, layers: int) -> Callable[[dict[str, Any]], Any]:
+    def decode(a: dict[str, Any]) -> Any:
+        x = a["x"]
+        for i in range(layers):
+            w = {name: a[f"{i}.{name}"] for name in LAYER}
+            x = x + attention(layer_norm(x, w["attention norm"], w["attention norm.bias"]), w, a["mask"], heads)
+            x = x + feed_forward(layer_norm(x, w["norm"], w["norm.bias"]), w)
+        return jnp.argmax(layer_norm(x[-1:], a["norm"], a["norm.bias"]) @ a["head"], -1)
+
+    return decode
+
+
+LAYERED = {"encoder": encoder, "decoder": decoder}
 
 FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "matmul": lambda a: a["x"] @ a["y"],
@@ -168,7 +190,8 @@ class Parties:
             theirs.close()
 
     def run(self, work: Work, runs: int) -> dict[str, Any]:
-        function = encoder(work.heads, work.layers) if work.kind == "encoder" else FUNCTIONS[work.kind]
+        layered = LAYERED.get(work.kind)
+        function = layered(work.heads, work.layers) if layered else FUNCTIONS[work.kind]
         names = sorted(work.arrays)  # the order in which jax flattens a dict
 
         def output_names(flat: list[Any]) -> list[str]:

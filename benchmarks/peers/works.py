@@ -31,10 +31,11 @@ PRIMITIVES = (
 )
 TRANSFORMERS = ("bert layer", "minilm 32", "minilm 128")
 CHOICES = ("argmax 1x2", "argmax 1x1000", "argmax 1x50000", "head 1x384")
+DECODERS = ("gpt2 32",)
 USUAL = (*PRIMITIVES, *TRANSFORMERS)
-WORKS = (*USUAL, *CHOICES)
+WORKS = (*USUAL, *CHOICES, *DECODERS)
 
-# one layer's arrays in the order of computation; matrices are (in, out)
+# one layer's arrays in an encoder's order of computation (a decoder's norms come first); matrices are (in, out)
 LAYER = (
     *("query", "query.bias", "key", "key.bias", "value", "value.bias", "output", "output.bias"),
     *("attention norm", "attention norm.bias", "up", "up.bias", "down", "down.bias", "norm", "norm.bias"),
@@ -50,7 +51,7 @@ class Work:
     """
 
     name: str
-    kind: str  # the first word of the name, or "encoder"
+    kind: str  # the first word of the name, "encoder" or "decoder"
     arrays: dict[str, Array]
     expected: tuple[Array, ...]
     owned: tuple[str, ...] = ("x",)
@@ -89,19 +90,38 @@ def split(x: Array, heads: int) -> Array:
     return np.asarray(x.reshape(x.shape[0], heads, -1).transpose(1, 0, 2))
 
 
+def attention(x: Array, w: Mapping[str, Array], mask: Array, heads: int) -> Array:
+    q, k, v = (split(x @ w[n] + w[f"{n}.bias"], heads) for n in ("query", "key", "value"))
+    weights = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]) + mask)
+    context = (weights @ v).transpose(1, 0, 2).reshape(x.shape)
+    return np.asarray(context @ w["output"] + w["output.bias"])
+
+
+def feed_forward(x: Array, w: Mapping[str, Array]) -> Array:
+    return np.asarray(gelu(x @ w["up"] + w["up.bias"]) @ w["down"] + w["down.bias"])
+
+
 def encode(arrays: Mapping[str, Array], heads: int, layers: int) -> tuple[Array, Array]:
     """Hidden states of the last layer and their weighted mean, in float64."""
     a = {name: value.astype(np.float64) for name, value in arrays.items()}
     x = layer_norm(a["x"], a["norm"], a["norm.bias"]) if "norm" in a else a["x"]
     for i in range(layers):
         w = {name: a[f"{i}.{name}"] for name in LAYER}
-        q, k, v = (split(x @ w[n] + w[f"{n}.bias"], heads) for n in ("query", "key", "value"))
-        weights = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]) + a["mask"])
-        context = (weights @ v).transpose(1, 0, 2).reshape(x.shape)
-        x = layer_norm(x + context @ w["output"] + w["output.bias"], w["attention norm"], w["attention norm.bias"])
-        inner = gelu(x @ w["up"] + w["up.bias"])
-        x = layer_norm(x + inner @ w["down"] + w["down.bias"], w["norm"], w["norm.bias"])
+        x = layer_norm(x + attention(x, w, a["mask"], heads), w["attention norm"], w["attention norm.bias"])
+        x = layer_norm(x + feed_forward(x, w), w["norm"], w["norm.bias"])
     return x, a["pool"] @ x
+
+
+def decode(arrays: Mapping[str, Array], heads: int, layers: int) -> Array:
+    """The token with the largest score after the last one, in float64: (1,)."""
+    a = {name: value.astype(np.float64) for name, value in arrays.items()}
+    x = a["x"]
+    for i in range(layers):
+        w = {name: a[f"{i}.{name}"] for name in LAYER}
+        x = x + attention(layer_norm(x, w["attention norm"], w["attention norm.bias"]), w, a["mask"], heads)
+        x = x + feed_forward(layer_norm(x, w["norm"], w["norm.bias"]), w)
+    scores = layer_norm(x[-1:], a["norm"], a["norm.bias"]) @ a["head"]
+    return np.asarray(scores.argmax(-1), dtype=np.float64)
 
 
 def random_layer(rng: np.random.Generator, hidden: int, intermediate: int) -> dict[str, Array]:
@@ -147,10 +167,48 @@ def transformer(name: str, weights: Path | None) -> Work:
     return Work(name, "encoder", arrays, encode(arrays, heads, layers), ("x", "mask", "pool"), heads, layers, pooled)
 
 
+@dataclass(frozen=True)
+class Gpt2:
+    """Random weights in the shape of GPT-2 base, and a prompt: (n,) token ids.
+
+    The spread of the token table is a trained model's; that of the positions is wider, so that the variance of rows is
+    within the ranges of all peers from the first layer on.
+    """
+
+    tokens: Array  # (vocabulary, width), the head's weights too
+    positions: Array  # (n, width)
+    layers: tuple[dict[str, Array], ...]
+    norm: dict[str, Array]
+    ids: Array
+    heads: int
+
+
+def gpt2(length: int, layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 50257) -> Gpt2:
+    rng = np.random.default_rng(11)
+    tokens = (0.14 * rng.standard_normal((vocabulary, width), np.float32)).astype(np.float32)
+    positions = (0.4 * rng.standard_normal((length, width), np.float32)).astype(np.float32)
+    norm = {"norm": np.ones(width, np.float32), "norm.bias": np.zeros(width, np.float32)}
+    made = tuple(random_layer(rng, width, 4 * width) for _ in range(layers))
+    return Gpt2(tokens, positions, made, norm, rng.integers(0, vocabulary, length), heads)
+
+
+def decoder(name: str, model: Gpt2) -> Work:
+    """From the prompt's hidden states, behind both look-ups, to the token after it."""
+    arrays: dict[str, Array] = {"x": model.tokens[model.ids] + model.positions, "head": model.tokens.T.copy()}
+    for i, layer in enumerate(model.layers):
+        arrays |= {f"{i}.{n}": value for n, value in layer.items()}
+    length, layers = len(model.ids), len(model.layers)
+    arrays |= {**model.norm, "mask": np.triu(np.full((length, length), MASKED, np.float32), 1)}
+    expected = decode(arrays, model.heads, layers)
+    return Work(name, "decoder", arrays, (expected,), ("x", "mask"), model.heads, layers)
+
+
 def make(name: str, weights: Path | None = None) -> Work:
     """The work of that name, the same at every call."""
     if name in TRANSFORMERS:
         return transformer(name, weights)
+    if name in DECODERS:
+        return decoder(name, gpt2(int(name.split()[1])))
     rng = np.random.default_rng(USUAL.index(name) if name in USUAL else len(USUAL))  # other sizes: for tests
     kind, size, *rest = name.split()
 
@@ -224,7 +282,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     """What both benchmarks accept."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--work", nargs="+", metavar="NAME", default=list(USUAL), choices=WORKS, help="default: all but argmax and head"
+        "--work", nargs="+", metavar="NAME", default=list(USUAL), choices=WORKS, help="default: not argmax, head, gpt2"
     )
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs after the warm-up (default 3)")
     parser.add_argument(
