@@ -359,6 +359,21 @@ def test_a_value_beyond_its_range_is_exact_in_training(trained: Encoder) -> None
     assert torch.equal(watched, norm(x))  # whether somebody looks or not
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "0 steps of 48 texts"),
+        ({"batch": 1}, "steps of 1 texts"),
+        ({"narrow": 0.0}, "narrow over 0 of the steps"),
+        ({"narrow": 0.5, "substitute": 0.4}, "narrow over 0.5 of the steps, and polynomials come after 0.4"),
+        ({"substitute": 1.0}, "polynomials come after 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(secure.InvalidInput, match=said):
+        Settings(**wrong)
+
+
 def test_a_run_without_progress_ends_early() -> None:
     student = polynomial_encoder()
     run = trainer(student, steps=40, check_every=1, patience=2)

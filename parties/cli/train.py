@@ -57,6 +57,12 @@ def train(
         typer.Option(min=2, help=f"Sentences a step, {SENTENCES} by default; of a language model rows, {ROWS}."),
     ] = None,
     rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1.5e-4,
+    narrow: Annotated[
+        float, typer.Option(help="Part of the steps over which values are drawn into narrow ranges.")
+    ] = 0.3,
+    substitute: Annotated[
+        float, typer.Option(help="Part of the steps after which ranges are frozen and polynomials take over.")
+    ] = 0.45,
     seed: int = 0,
     bfloat16: Annotated[bool, typer.Option(help="Products in bfloat16 until the last steps.")] = False,
     patience: Annotated[
@@ -99,7 +105,16 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     batch = batch or (ROWS if writes else SENTENCES)
-    settings = Settings(steps=steps, batch=batch, rate=rate, seed=seed, bfloat16=bfloat16, patience=patience)
+    settings = Settings(
+        steps=steps,
+        batch=batch,
+        rate=rate,
+        narrow=narrow,
+        substitute=substitute,
+        seed=seed,
+        bfloat16=bfloat16,
+        patience=patience,
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=OUT) as bar:
         task = bar.add_task("training", total=steps)

@@ -71,9 +71,12 @@ class Settings:
     checkpoint_seconds: float = 180.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 2 or not 0 < self.narrow <= self.substitute < 1:
+        if self.steps < 1 or self.batch < 2:
+            raise InvalidInput(f"{self.steps} steps of {self.batch} texts", "steps from 1, of 2 texts or more")
+        if not 0 < self.narrow <= self.substitute < 1:
             raise InvalidInput(
-                f"settings out of range: {self}\nhint: steps from 1, batch from 2, 0 < narrow <= substitute < 1"
+                f"ranges narrow over {self.narrow:g} of the steps, and polynomials come after {self.substitute:g}",
+                "0 < narrow <= substitute < 1",
             )
 
 
