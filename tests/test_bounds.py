@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +30,15 @@ from protocols.circuit import Instruction, deal, total_cost
 from protocols.protocol import Protocol
 from protocols.two_party import Compare, Input, Open
 from protocols.weights import DealerWeights
-from secure.capture.clear_operations import CLEAR_OPERATIONS, CLIENT_TARGETS
+from secure.capture.clear_operations import (
+    CLEAR_OPERATIONS,
+    CLIENT_TARGETS,
+    ELEMENTWISE,
+    OF_POSITIONS,
+    clear_type,
+    dtype_of,
+    evaluate_clear,
+)
 from secure.capture.documents import MAXIMUM_BYTES
 from secure.capture.graph import Graph
 from secure.ckks.program import CkksProgram
@@ -404,6 +414,37 @@ def test_every_operation_of_clients_has_its_calls() -> None:
     assert set(programs.CALLS) == CLIENT_TARGETS < set(CLEAR_OPERATIONS)
     for target in CLIENT_TARGETS:
         assert programs.calls(target), target
+
+
+SHAPES: list[list[tuple[int, ...]]] = [[(4, 4), (4, 4)], [(4, 1), (3,)], [(), (2, 1, 5)], [(0, 3), (1, 3)], [(5,), ()]]
+
+
+@pytest.mark.parametrize("target", sorted(ELEMENTWISE))
+def test_types_of_elementwise_operations_are_those_of_their_results(target: str) -> None:
+    assert target in OF_POSITIONS
+    for args in programs.CALLS.get(target, [[{"input": 0}]]):
+        attrs, tried = {"target": target, "args": args, "kwargs": {}}, 0
+        for shapes, kind, other in itertools.product(SHAPES, programs.EXTREMES, programs.EXTREMES):
+            sizes = [*shapes, np.broadcast_shapes(*shapes), (7, 7, 7)]  # nothing reads the last one
+            given = [
+                torch.ones(size, dtype=dtype_of(k)) for size, k in zip(sizes, (kind, other, "bool", "int"), strict=True)
+            ]
+            try:
+                expected = evaluate_clear(attrs, given, torch.float32)
+            except RuntimeError:
+                continue
+            found, tried = clear_type(attrs, [x.to("meta") for x in given], torch.float32), tried + 1
+            assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, "meta")
+        assert tried
+
+
+@pytest.mark.parametrize(("shapes", "dim"), [([(2, 3), (2, 5)], 1), ([(2, 3), (4, 3)], -2), ([(3,), (1,), (2,)], 0)])
+def test_types_of_concatenations(shapes: list[tuple[int, ...]], dim: int) -> None:
+    args = [[{"input": i} for i in range(len(shapes))], dim]
+    attrs, given = {"target": "aten.cat.default", "args": args, "kwargs": {}}, [torch.ones(s) for s in shapes]
+    assert clear_type(attrs, given, torch.float32).shape == torch.cat(given, dim).shape
+    with pytest.raises((InvalidProgram, RuntimeError)):
+        clear_type(attrs, [torch.ones(9, 9), *given[1:]], torch.float32)
 
 
 def test_operations_of_clients_are_total() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from secure.deployments.generator import written
 from secure.errors import InputTooLong, InvalidInput, InvalidProgram, UnsupportedOperation
 from secure.mpc.program import Program
 from secure.operations.generation import keep_operation
+from tests.test_program import compiled_encoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -376,3 +379,18 @@ def test_a_step_of_long_rows_and_a_short_prompt_are_one_model(approximations: st
     made = secure.compile_generator(model, prompt=4, capacity=600, calibration=texts, approximations=approximations)
     with secure.insecure_in_process(made) as session:
         assert list(session.generate([1, 7, 9], 3, ignore_end=True)) == continued(model, [1, 7, 9], 3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_programs_are_read_without_the_compiler_of_torch(name: str) -> None:
+    """It takes seconds, and torch imports it for operations that it has in Python on the device "meta"."""
+    code = """
+import sys
+from secure.mpc.program import Program
+for line in sys.stdin.buffer:
+    Program.from_bytes(line)
+assert "torch._dynamo" not in sys.modules
+"""
+    programs = [size.program.encoded for size in compiled(name).sizes] + [compiled_encoder().program.encoded]
+    ran = subprocess.run([sys.executable, "-c", code], input=b"\n".join(programs), capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:].decode()

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,6 +100,24 @@ CLIENT_TARGETS = frozenset(
 )  # fmt: skip
 """The operations that a client evaluates for somebody else: a part of the whitelist. Its masks and ids need few."""
 
+ELEMENTWISE = frozenset(
+    str(operation)
+    for operation in (
+        aten.abs.default, aten.add.Scalar, aten.add.Tensor, aten.ceil.default, aten.clamp.default,
+        aten.clamp_max.default, aten.clamp_min.default, aten.cos.default, aten.div.Scalar, aten.div.Tensor,
+        aten.floor.default, aten.maximum.default, aten.max.other, aten.minimum.default, aten.min.other, aten.mul.Scalar,
+        aten.mul.Tensor, aten.neg.default, aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.relu.default,
+        aten.rsqrt.default, aten.rsub.Scalar, aten.rsub.Tensor, aten.sign.default, aten.sin.default, aten.sqrt.default,
+        aten.square.default, aten.sub.Scalar, aten.sub.Tensor, aten.__and__.Tensor, aten.__or__.Tensor,
+        aten.bitwise_and.Tensor, aten.bitwise_not.default, aten.bitwise_or.Tensor, aten.eq.Scalar, aten.eq.Tensor,
+        aten.ge.Scalar, aten.ge.Tensor, aten.gt.Scalar, aten.gt.Tensor, aten.le.Scalar, aten.le.Tensor,
+        aten.logical_and.default, aten.logical_not.default, aten.logical_or.default, aten.lt.Scalar, aten.lt.Tensor,
+        aten.masked_fill.Scalar, aten.ne.Scalar, aten.ne.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf,
+        aten.where.self,
+    )
+)  # fmt: skip
+"""The operations of which each element of the result follows from one element of every operand, after broadcasting."""
+
 OF_POSITIONS = CLIENT_TARGETS | {
     str(operation) for operation in (aten.cos.default, aten.repeat_interleave.self_int, aten.sin.default)
 }
@@ -108,19 +127,24 @@ LARGEST_POWER = 4
 ARGUMENTS = 1 << 10  # the most entries of a list among the arguments
 
 
+def _within(index: Tensor, low: int, size: int) -> Tensor:
+    """Clamp indices to those from ``low`` to below ``size``. On the device "meta" they have no values."""
+    return index if index.is_meta else index.clamp(low, size - 1)
+
+
 def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     if len(indices) > x.dim() or any(index is not None and index.dtype == torch.bool for index in indices):
         raise InvalidProgram("it selects by more indices than there are, or by a mask, whose result has any size")
     sizes = zip(indices, x.shape, strict=False)
-    return aten.index.Tensor(x, [None if i is None else i.clamp(-n, n - 1) for i, n in sizes])  # type: ignore[no-any-return]
+    return aten.index.Tensor(x, [None if i is None else _within(i, -n, n) for i, n in sizes])  # type: ignore[no-any-return]
 
 
 def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    return aten.gather.default(x, dim, index.clamp(0, x.shape[dim] - 1))  # type: ignore[no-any-return]
+    return aten.gather.default(x, dim, _within(index, 0, x.shape[dim]))  # type: ignore[no-any-return]
 
 
 def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    return aten.index_select.default(x, dim, index.clamp(0, x.shape[dim] - 1))  # type: ignore[no-any-return]
+    return aten.index_select.default(x, dim, _within(index, 0, x.shape[dim]))  # type: ignore[no-any-return]
 
 
 _TOTAL: Mapping[str, Callable[..., Any]] = {
@@ -236,3 +260,34 @@ def evaluate_clear(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_d
     if not isinstance(result, Tensor):
         raise InvalidProgram(f"{target} does not give one tensor")
     return result.to(float_dtype) if result.is_floating_point() else result
+
+
+def clear_type(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the device "meta" of the shape and type that ``evaluate_clear`` gives, for such operands.
+
+    The type of an elementwise operation's result is that for one element, and its shape that to which its operands
+    broadcast; the same for a concatenation, whose shape is a sum. For both torch would import its compiler on this
+    device, which takes seconds. Raises what ``evaluate_clear`` raises.
+    """
+    target = attrs.get("target")
+    if target not in ELEMENTWISE and target != _CAT:
+        return evaluate_clear(attrs, operands, float_dtype)
+    one = evaluate_clear(attrs, [torch.ones((1,) * x.dim(), dtype=x.dtype) for x in operands], float_dtype)
+    args = decode_argument(list(attrs.get("args", [])), operands, float_dtype)
+    kwargs = decode_argument(list(dict(attrs.get("kwargs", {})).values()), operands, float_dtype)
+    read = [value.shape for value in (*args, *kwargs) if isinstance(value, Tensor)]
+    shape = _joined(*args) if target == _CAT else np.broadcast_shapes(*read)
+    return torch.empty(shape, dtype=one.dtype, device="meta")
+
+
+_CAT = str(aten.cat.default)
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> tuple[int, ...]:
+    """Return the shape of tensors that are concatenated. Raises InvalidProgram if they differ in another dimension."""
+    dim %= parts[0].dim()
+    others = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
+    if len(others) > 1:
+        raise InvalidProgram("it concatenates tensors of different shapes")
+    (other,) = others
+    return (*other[:dim], sum(part.shape[dim] for part in parts), *other[dim:])

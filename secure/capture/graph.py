@@ -27,7 +27,7 @@ from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError, 
 from torch import Tensor
 
 from protocols.fields import MAXIMUM_ELEMENTS, Name, Operands, Shape, Whole
-from secure.capture.clear_operations import check_client_operation, dtype_of, evaluate_clear, kind_of
+from secure.capture.clear_operations import check_client_operation, clear_type, dtype_of, evaluate_clear, kind_of
 from secure.capture.documents import read_document, what_is_wrong
 from secure.capture.operation import OPERATIONS
 from secure.errors import InvalidInput, InvalidProgram
@@ -256,7 +256,8 @@ def evaluate(node: Node, operands: Sequence[Tensor], float_dtype: torch.dtype, d
     if node.op == "constant":
         result = _constant(node, float_dtype, device)
     elif node.op == "clear":
-        result = evaluate_clear(node.attrs, operands, float_dtype)
+        evaluated = clear_type if device == "meta" else evaluate_clear
+        result = evaluated(node.attrs, operands, float_dtype)
     else:
         result = OPERATIONS[node.op].meaning(*operands, **node.attrs)
     if tuple(result.shape) != node.shape or kind_of(result.dtype) != node.dtype:
