@@ -24,6 +24,7 @@ from typing import Any
 import secure
 from benchmarks.common import RESULTS, Service, dealer, machine
 from benchmarks.generation import SHAPE, gpt2
+from parties.services import hosting
 from secure.cost.traffic import OFFLINE, ONLINE
 
 
@@ -107,6 +108,7 @@ def main() -> None:
     o = parser.parse_args()
     if (o.compiled is None) == (o.shape is None):
         parser.error("give a compiled model's directory, or --shape")
+    hosting.settle()  # as unseen generate does
     with tempfile.TemporaryDirectory() as space:
         directory = o.compiled or made(o.shape, o.prompt, Path(space))
         found = {**machine("benchmarks.texts"), **measured(directory, o.prompt, o.tokens, o.texts)}

@@ -13,8 +13,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from sympy import isprime
-
 from protocols.errors import DoesNotFit
 
 MAXIMUM_BITS = {2048: 53, 4096: 106, 8192: 214, 16384: 430, 32768: 868}
@@ -146,6 +144,8 @@ class Parameters:
 
 def _nearest(degree: int, target: float, used: set[int], *, below: bool = False) -> int:
     """Find the nearest prime to a number (or below it) that is 1 mod 2N, as a number-theoretic transform needs."""
+    from sympy import isprime  # half a second, which no client without ciphertexts should wait for
+
     step = 2 * degree
     start = int(target) // step
     for distance in range(1 << 16):
