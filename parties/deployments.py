@@ -145,7 +145,7 @@ def connect(
     while something takes long. Raises EndpointError, TlsError, HandshakeError, PeerLost, DownloadError, InvalidInput.
     """
     if not isinstance(deployment, Deployment):
-        raise InvalidInput(f"the deployment is {deployment!r}", 'give one, such as secure.TwoParty(server="host:port")')
+        raise InvalidInput(f"{deployment!r} is no deployment", 'give one, such as secure.TwoParty(server="host:port")')
     if network is not None and not isinstance(network, Network):
         raise InvalidInput(f"the network is {network!r}", 'give one, such as secure.Tls("DIRECTORY")')
     check_options(threads, pace)

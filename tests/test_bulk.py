@@ -128,7 +128,7 @@ def test_a_file_in_a_file_out(
     assert len(connected[0].reports) == 3
     assert "8 texts in " in ended.err
     assert "8 rows in " in ended.err
-    assert "2 of them have no embedding, the first of them:\n  text 6: the text has 42 tokens" in ended.err
+    assert "2 of them have no embedding (texts are numbered from 1):\n  text 6: the text has 42 tokens" in ended.err
     assert "  text 7: the text is empty" in ended.err
     assert not any(path.exists() for path in beside(output))
     assert output.stat().st_mode & 0o777 == 0o600

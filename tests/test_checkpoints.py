@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secure.errors import InvalidInput, ModelNotFound
 from secure.models.checkpoints import load_checkpoint, read_weights
+from secure.models.text import model_directory
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
@@ -251,6 +252,8 @@ def test_directories_without_weights_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"has no config\.json"):
         load_checkpoint(tmp_path)
     bert().config.save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFound, match=r"config\.json' is a file\nhint: give the directory"):
+        model_directory(str(tmp_path / "config.json"))
     with pytest.raises(ModelNotFound, match=r"has no weights: none of model\.safetensors"):
         load_checkpoint(tmp_path)
     (tmp_path / "flax").mkdir()

@@ -21,6 +21,7 @@ from parties.net.network import Plaintext
 from parties.net.peer import Peer
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import DealerStub, ModelStub
+from parties.services import hosting
 from parties.two_party import server as server_module
 from parties.two_party.dealer import DealerService
 from parties.two_party.server import InferenceService
@@ -266,6 +267,13 @@ def test_a_client_that_says_nothing(model: Ready, dealer: Served, caplog: pytest
             raw.hear()
         wait_until(lambda: session_count(server) == 0, "the session is freed", 5)
         wait_until(lambda: "did not send the handshake in time" in caplog.text, "the log says so")
+
+
+def test_a_call_that_comes_while_the_process_ends_is_dropped() -> None:
+    threads = hosting._Threads(1)
+    assert threads.submit(int, "7").result() == 7
+    threads.shutdown()
+    assert threads.submit(int, "7").cancelled()
 
 
 def test_idle_sessions_end(

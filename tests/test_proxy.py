@@ -47,8 +47,11 @@ from secure.models.text import load_text_model
 from secure.tasks.task import Served
 from tests.heads import LABELS, write_head
 from tests.proxies import ServedProxy, running
+from tests.test_cli import Run, run
 from tests.tiny import WORDS, wait_until, write_model
 from tests.writers import write_writer
+
+__all__ = ["run"]  # the fixture
 
 for module in ("transformers", "tokenizers", "jinja2"):
     pytest.importorskip(module)
@@ -406,10 +409,10 @@ def test_parameters_about_the_caller_change_nothing() -> None:
     [
         (EmbeddingsBody, {"input": "a", "inputs": "b"}, "no parameter 'inputs' is known"),
         (EmbeddingsBody, {}, "input: Field required"),
-        (EmbeddingsBody, {"input": []}, "input: "),
-        (EmbeddingsBody, {"input": [[]]}, "input: "),
+        (EmbeddingsBody, {"input": []}, "input: List should have at least 1 item"),
+        (EmbeddingsBody, {"input": [[]]}, "input: List should have at least 1 item"),
         (EmbeddingsBody, {"input": 5}, "input: "),
-        (EmbeddingsBody, {"input": ["a"] * 2049}, "input: "),
+        (EmbeddingsBody, {"input": ["a"] * 2049}, "input: List should have at most 2048 items"),
         (EmbeddingsBody, {"input": ["a", 1]}, "input: "),
         (EmbeddingsBody, {"input": "a", "dimensions": 0}, "dimensions: "),
         (EmbeddingsBody, {"input": "a", "encoding_format": "int8"}, "encoding_format: "),
@@ -454,7 +457,7 @@ def test_a_lone_surrogate_is_refused_in_words(embeds: ServedProxy) -> None:
 def test_the_token(embeds: ServedProxy) -> None:
     for token in ("", "x", embeds.token[:-1], embeds.token + "x", "unseen_" + "a" * 43):
         for path, given in (("/v1/models", None), ("/metrics", None), ("/v1/embeddings", {"input": "a"})):
-            error = said(embeds.ask(path, given, token=token), 401, "asks for its token")
+            error = said(embeds.ask(path, given, token=token), 401, "this proxy asks for")
             assert error["code"] == "invalid_api_key"
     assert embeds.ask("/healthz", token="").body == {"status": "ok"}
     connection = http.client.HTTPConnection(embeds.address, timeout=30)
@@ -472,8 +475,9 @@ def test_models(embeds: ServedProxy) -> None:
     assert embeds.ask(f"/v1/models/{embeds.model}").body == reply.body["data"][0]
     for asked in (embeds.ask("/v1/models/x"), embeds.ask("/v1/embeddings", {"model": "x", "input": "a"})):
         assert said(asked, 404, "no such model")["code"] == "model_not_found"
-    said(embeds.ask("/v1/nothing"), 404)
-    said(embeds.ask("/v1/embeddings"), 405)
+    said(embeds.ask("/v1/nothing"), 404, "a base URL ends in /v1")
+    said(embeds.ask("/embeddings", {"input": "a"}), 404, "a base URL ends in /v1")
+    said(embeds.ask("/v1/embeddings"), 405, "the endpoints and their methods")
 
 
 def test_bounds(embeds: ServedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,9 +703,13 @@ def test_it_stays_on_this_machine(host: str) -> None:
     assert hosted.check_stays(Endpoint(host, 0), beyond_loopback=True) == (host,)
 
 
-def test_a_port_in_use(embeds: ServedProxy) -> None:
+def test_a_port_in_use(embeds: ServedProxy, run: Run) -> None:
     with pytest.raises(secure.EndpointError, match="in use"):
         hosted.HttpService(None, Endpoint.parse(embeds.address, what="it"))
+    nobody = ["--server", "127.0.0.1:1", "--dealer", "127.0.0.1:1"]  # the port is looked at first
+    ended = run("proxy", "--listen", embeds.address, *nobody)
+    assert ended.code == 1
+    assert "it may be in use" in ended.err
 
 
 def test_the_file_of_the_token(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_openai_is_refused_in_words(openai: Any, embeds: ServedProxy) -> None:
     with pytest.raises(module.BadRequestError, match="input 2 of 2: the text has 10 tokens") as refused:
         openai.embeddings.create(model=embeds.model, input=["zqba", " ".join(WORDS[:8])])
     assert refused.value.type == "invalid_request_error"
-    with pytest.raises(module.AuthenticationError, match="asks for its token"):
+    with pytest.raises(module.AuthenticationError, match="not the token that this proxy asks for"):
         module.OpenAI(base_url=embeds.url, api_key="other").models.list()
     with pytest.raises(module.NotFoundError, match="no such model"):
         openai.embeddings.create(model="text-embedding-3-small", input="zqba")

@@ -368,7 +368,8 @@ def _file(question: Question, opening: Opening, texts: TextFile, output: Path, r
     rate = f", {(rows.rows - begun) / seconds:.3g} a second" if rows.rows > begun else ""
     say(f"unseen {verb}: {rows.rows - begun:,} texts in {in_time(seconds)}{rate}; {rows.rows:,} rows in {output}")
     if rows.unusable:
-        say(f"unseen {verb}: {rows.unusable:,} of them have no {question.answer}, the first of them:")
+        some = "one of them has" if rows.unusable == 1 else f"{rows.unusable:,} of them have"
+        say(f"unseen {verb}: {some} no {question.answer} (texts are numbered from 1):")
         for line in rows.first:
             say(f"  {line}")
         raise typer.Exit(1)

@@ -20,6 +20,7 @@ from parties.net.secret_files import check_directory, read_secret
 from parties.proxy.hosted import HttpService, check_stays
 from parties.proxy.workers import SessionWorkers
 from parties.served.files import store
+from parties.services.hosting import check_free
 from parties.services.ready import tell_ready
 from parties.telemetry import logs
 from secure.deployments.deployment import Deployment
@@ -78,6 +79,7 @@ def proxy(
     """Answer on this machine as OpenAI's endpoints do, by a served model that sees nothing of it."""
     at = Endpoint.parse(listen, what="--listen")
     check_stays(at, beyond_loopback=unencrypted_beyond_loopback)  # a mistake in it shows before anything is sent
+    check_free(at, what="the proxy")
     say_as(log_format)
     logs.log_to_stderr(verbose, log_format)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

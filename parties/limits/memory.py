@@ -172,9 +172,10 @@ def disk_budget() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free // 2
 
 
-def require_room(
-    total: int, size: int, what: str = "memory", hint: str = "raise --memory", *, workers: int = 1
-) -> None:
+MORE_MEMORY = "free memory or raise --memory, which is half of what this machine has to spare by default"
+
+
+def require_room(total: int, size: int, what: str = "memory", hint: str = MORE_MEMORY, *, workers: int = 1) -> None:
     """Raise InvalidInput if one query of ``size`` bytes is more than what each of the workers has of the budget."""
     if size > total // workers:
         each = f" for each of {workers} workers" if workers > 1 else ""

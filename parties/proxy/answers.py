@@ -61,7 +61,10 @@ def _error(message: str, kind: str, param: str | None, code: str | None) -> Docu
 
 def status_error(status: int) -> Document:
     """Return the body of an HTTP status."""
-    return _error(HTTPStatus(status).phrase, INVALID if status < 500 else SERVER, None, None)
+    said = HTTPStatus(status).phrase
+    if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        said += "\nhint: a base URL ends in /v1; docs/endpoint.md has the endpoints and their methods"
+    return _error(said, INVALID if status < 500 else SERVER, None, None)
 
 
 def counted(answers: Sequence[Counted | Error], noun: str) -> list[Counted]:

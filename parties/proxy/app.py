@@ -59,6 +59,11 @@ MOST_REQUESTS = 256  # that are being answered
 BODY_SECONDS = 60.0
 DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI's has it
 
+NO_TOKEN = ("this proxy asks for its token", "give it as the API key of your client")
+ANOTHER_TOKEN = (
+    "this is not the token that this proxy asks for",
+    "give it as the API key of your client; without --api-key-file each start of the proxy makes a new one",
+)
 ENDPOINTS = {
     "": "embeddings",
     Embed.name: "embeddings",
@@ -196,8 +201,8 @@ class Proxy:
         scheme, _, text = said[0].partition(" ") if len(said) == 1 else ("", "", "")
         digest = hashlib.sha256(text.strip().encode()).hexdigest()
         if not (hmac.compare_digest(digest, self._digest) and scheme.lower() == "bearer"):
-            wrong = TokenError("this proxy asks for its token", "give it as the API key of your client")
-            raise refused(wrong, status=401, code="invalid_api_key")
+            wrong = ANOTHER_TOKEN if said else NO_TOKEN
+            raise refused(TokenError(*wrong), status=401, code="invalid_api_key")
 
     def _answered(
         self, request: Request, kind: type[Kind], answer: Callable[[Kind], Awaitable[Response]]

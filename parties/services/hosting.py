@@ -11,10 +11,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 
@@ -136,6 +137,21 @@ class Parts:
     readings: Readings = lambda: ()
 
 
+class _Threads(ThreadPoolExecutor):
+    """The threads of a server. A call that comes while the process ends is dropped.
+
+    The base raises then, and grpc's own thread would print a traceback for every service that nobody closed.
+    """
+
+    def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
+        try:
+            return super().submit(*arguments, **named)
+        except RuntimeError:
+            dropped = Future[Any]()
+            dropped.cancel()
+            return dropped
+
+
 class Service:
     """A running service, as a context manager. address: the address at which it listens, with its real port."""
 
@@ -255,7 +271,7 @@ def start(
     """
     network.check(listen, what=what)
     server = grpc.server(
-        ThreadPoolExecutor(streams),
+        _Threads(streams),
         options=(*(SHARED if shared else OPTIONS), ("grpc.max_receive_message_length", largest)),
         maximum_concurrent_rpcs=streams,
         # the guard comes first, behind what only counts
@@ -292,15 +308,7 @@ def check(
     network.check(listen, what=what)
     for name, at in peers.items():
         network.check(at, what=f"the {name}")
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            probe.bind((listen.host, listen.port))
-        except OSError:
-            raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE) from None
+    check_free(listen, what=what, shared=shared)
     for name, at in peers.items():
         said = False
         while not _answers(name, at, network):
@@ -311,6 +319,19 @@ def check(
                 log.info("waiting for the %s at %s, %.0f s at most", name, at, left)
                 said = True
             time.sleep(min(0.5, left))
+
+
+def check_free(listen: Endpoint, *, what: str, shared: bool = False) -> None:
+    """Raise EndpointError if the port cannot be used. shared: processes that share ports may listen there already."""
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            probe.bind((listen.host, listen.port))
+        except OSError:
+            raise EndpointError(f"{what}: the address {listen} cannot be used; it may be in use", IN_USE) from None
 
 
 def _answers(name: str, at: Endpoint, network: Network) -> bool:

@@ -28,6 +28,8 @@ def model_directory(model: str) -> Path:
     if model == PACKAGED:
         return find_packaged_model()
     directory = Path(model)
+    if directory.is_file():
+        raise ModelNotFound(f"the model {model!r} is a file", "give the directory in which it lies")
     if not any((directory / name).is_file() for name in ("config.json", "modules.json")):
         raise ModelNotFound(
             f"no model at {model!r}: there is no config.json",

@@ -13,7 +13,7 @@ from secure.models.causal import load_causal
 from secure.models.settings import TOKEN
 from secure.models.text import model_files
 from secure.progress import Told, silent
-from secure.tasks.task import Loaded, Loader, Served
+from secure.tasks.task import PLAIN, Loaded, Loader, Served
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ class Generate(Loader):
     def fits(self, served: Served) -> None:
         super().fits(served)
         if served.task != self.name:
-            raise InvalidInput("this session's model generates no text", "unseen embed, or ask another server")
+            raise InvalidInput("this server's model generates no text", PLAIN)

@@ -20,7 +20,7 @@ from secure.models.tokens import REFUSE, TRUNCATE
 from secure.progress import Told, silent
 from secure.tasks.closeness import ScoreError
 from secure.tasks.embed import LENGTH
-from secure.tasks.task import Answer_co, Given, Loaded, Served, Task
+from secure.tasks.task import PLAIN, Answer_co, Given, Loaded, Served, Task
 
 Pair = tuple[str, str]
 
@@ -95,7 +95,7 @@ class Headed(Task[Given, Answer_co]):
     def fits(self, served: Served) -> None:
         super().fits(served)
         if served.task != self.name:
-            raise InvalidInput(f"this server's model is not for the task {self.name!r}", "ask another server")
+            raise InvalidInput(f"this server's model is not for the task {self.name!r}", PLAIN)
 
     def check(self, given: Sequence[Given], served: Served) -> None:
         if isinstance(given, str | Mapping) or not all(self.takes(each) for each in given):

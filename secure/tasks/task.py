@@ -26,6 +26,10 @@ Given = TypeVar("Given")
 Answer_co = TypeVar("Answer_co", covariant=True)
 
 
+PLAIN = "ask for embeddings or a query's results, or another server"
+"""The hint where a model was made for no task."""
+
+
 @dataclass(frozen=True)
 class Served:
     """The parts of a served model that a task may use: its tokenizer, if it takes text, and its padded length.
