@@ -194,8 +194,17 @@ def run(names: list[str], runs: int, peer: suite.Peer | None, weights: Path | No
                 row["compared"] = compared(row, results["peer"][same])
         suite.say(f"  {json.dumps(row)}\n  {results['peer'].get(same or '')}")
         if write:
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            RESULTS.write_text(json.dumps(kept(results), indent=2) + "\n")
     return results
+
+
+def kept(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results with those of other works that the file holds; a work that is not of this run says its date."""
+    if not RESULTS.is_file():
+        return results
+    before = json.loads(RESULTS.read_text())
+    ours = {name: {"date": before["machine"]["date"], **row} for name, row in before["ours"].items()}
+    return {**before, **results, "ours": {**ours, **results["ours"]}, "peer": {**before["peer"], **results["peer"]}}
 
 
 def missed(results: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import secure
-from benchmarks import common, suite, table, without_mask, works
+from benchmarks import common, suite, table, three_party, without_mask, works
 from benchmarks.peers import works as peers
 
 OURS: dict[str, Any] = {
@@ -195,6 +195,19 @@ def test_a_modulus_without_room_for_the_flooding_is_refused() -> None:
     with pytest.raises(ValueError, match="take a larger modulus"):
         replace(narrow, hiding=61).flood(1536)
     assert narrow.flood(1536) + 2 <= narrow.modulus - narrow.ring
+
+
+def test_results_of_other_works_of_three_parties_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results(date: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+        return {"machine": {"date": date}, "runs": 1, "ours": ours, "peer": theirs}
+
+    monkeypatch.setattr(three_party, "RESULTS", tmp_path / "three_party.json")
+    first = results("monday", {"a": {"rounds": 1}, "b": {"rounds": 2}}, {"a": {"s": 1}})
+    assert three_party.kept(first) == first
+    three_party.RESULTS.write_text(json.dumps(first))
+    found = three_party.kept(results("friday", {"b": {"rounds": 3}}, {"b": {"s": 2}}))
+    assert found["ours"] == {"a": {"date": "monday", "rounds": 1}, "b": {"rounds": 3}}
+    assert (found["peer"], found["machine"]) == ({"a": {"s": 1}, "b": {"s": 2}}, {"date": "friday"})
 
 
 def test_results_of_other_works_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
