@@ -270,6 +270,7 @@ def start(
     Raises EndpointError, naming ``what``.
     """
     network.check(listen, what=what)
+    check_free(listen, what=what, shared=shared)  # grpc would write lines of its own about it
     server = grpc.server(
         _Threads(streams),
         options=(*(SHARED if shared else OPTIONS), ("grpc.max_receive_message_length", largest)),
