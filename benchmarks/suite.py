@@ -149,6 +149,8 @@ def add_peers(results: dict[str, Any], peers: list[Peer], work: str, runs: int, 
             rows["work"][work] = failed(error)
             continue
         rows["work"] |= report.pop("work")
+        if not work.startswith("minilm"):
+            del report["minilm weights"]  # which say nothing of this work
         rows |= report
         say(f"  {rows['work'][work]}")
 
@@ -169,8 +171,14 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
     ours = {name: {"date": before["machine"]["date"], **row} for name, row in before["ours"].items()}
     peers = dict(before["peers"])
     for peer, report in results["peers"].items():
-        peers[peer] = {**report, "work": {**peers.get(peer, {}).get("work", {}), **report["work"]}}
-    return {**results, "ours": {**ours, **results["ours"]}, "peers": peers}
+        known = peers.get(peer, {"work": {}})
+        peers[peer] = {**known, **report, "work": joined(known["work"], report["work"])}
+    return {**results, "ours": joined(ours, results["ours"]), "peers": peers}
+
+
+def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the rows of both; a work that failed now keeps the row that it had."""
+    return {**before, **{name: row for name, row in now.items() if "failed" not in row or name not in before}}
 
 
 def run(names: list[str], runs: int, peers: list[Peer], weights: Path | None, write: bool) -> dict[str, Any]:

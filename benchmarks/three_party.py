@@ -204,7 +204,8 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
         return results
     before = json.loads(RESULTS.read_text())
     ours = {name: {"date": before["machine"]["date"], **row} for name, row in before["ours"].items()}
-    return {**before, **results, "ours": {**ours, **results["ours"]}, "peer": {**before["peer"], **results["peer"]}}
+    peer = suite.joined(before["peer"], results["peer"])
+    return {**before, **results, "ours": suite.joined(ours, results["ours"]), "peer": peer}
 
 
 def missed(results: dict[str, Any]) -> list[str]:

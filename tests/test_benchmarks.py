@@ -218,6 +218,6 @@ def test_results_of_other_works_stay(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = results("monday", {"a": {"rounds": 1}, "b": {"rounds": 2}}, {"a": {"s": 1}})
     assert suite.kept(first) == first
     suite.RESULTS.write_text(json.dumps(first))
-    found = suite.kept(results("friday", {"b": {"rounds": 3}}, {"b": {"s": 2}}))
+    found = suite.kept(results("friday", {"b": {"rounds": 3}, "a": {"failed": "why"}}, {"b": {"s": 2}}))
     assert found["ours"] == {"a": {"date": "monday", "rounds": 1}, "b": {"rounds": 3}}
     assert found["peers"] == {"peer": {"version": "friday", "work": {"a": {"s": 1}, "b": {"s": 2}}}}

@@ -40,7 +40,7 @@ from secure.capture.clear_operations import (
     evaluate_clear,
 )
 from secure.capture.documents import MAXIMUM_BYTES
-from secure.capture.graph import Graph
+from secure.capture.graph import Graph, Node
 from secure.ckks.program import CkksProgram
 from secure.errors import DownloadError, HandshakeError, InvalidInput, InvalidProgram, ProtocolError
 from secure.mpc.budget import GB, Budget, load_of
@@ -431,20 +431,56 @@ def test_types_of_elementwise_operations_are_those_of_their_results(target: str)
             ]
             try:
                 expected = evaluate_clear(attrs, given, torch.float32)
-            except RuntimeError:
+            except RuntimeError:  # of their types, as all sizes fit
+                with pytest.raises((RuntimeError, ValueError)):
+                    clear_type(attrs, [x.to("meta") for x in given], torch.float32)
                 continue
             found, tried = clear_type(attrs, [x.to("meta") for x in given], torch.float32), tried + 1
             assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, "meta")
         assert tried
 
 
-@pytest.mark.parametrize(("shapes", "dim"), [([(2, 3), (2, 5)], 1), ([(2, 3), (4, 3)], -2), ([(3,), (1,), (2,)], 0)])
-def test_types_of_concatenations(shapes: list[tuple[int, ...]], dim: int) -> None:
-    args = [[{"input": i} for i in range(len(shapes))], dim]
-    attrs, given = {"target": "aten.cat.default", "args": args, "kwargs": {}}, [torch.ones(s) for s in shapes]
-    assert clear_type(attrs, given, torch.float32).shape == torch.cat(given, dim).shape
-    with pytest.raises((InvalidProgram, RuntimeError)):
-        clear_type(attrs, [torch.ones(9, 9), *given[1:]], torch.float32)
+@pytest.mark.parametrize("target", sorted(ELEMENTWISE))
+def test_no_operand_of_an_elementwise_operation_may_stand_for_a_whole_number(target: str) -> None:
+    """One would be read out of its tensor, and what is computed would depend on it."""
+    _, name, overload = target.split(".")
+    schema = getattr(getattr(torch.ops.aten, name), overload)._schema
+    assert {str(argument.type) for argument in schema.arguments} <= {"Tensor", "number", "Optional[number]"}
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        ("aten.cat.default", [[{"input": 0}, {"input": 1}], 0]),
+        ("aten.cat.default", [[{"input": 0}, {"input": 1}], -1]),
+        ("aten.cat.default", [[{"input": 1}], 0]),
+        ("aten.cumsum.default", [{"input": 0}, 1]),
+    ],
+)
+def test_types_of_sums_and_concatenations(target: str, args: list[Any]) -> None:
+    attrs, given = {"target": target, "args": args, "kwargs": {}}, [torch.ones(2, 3), torch.ones(2, 3), torch.ones(())]
+    expected = evaluate_clear(attrs, given, torch.float32)
+    for operands in (given, [x.long() for x in given]):
+        found = clear_type(attrs, [x.to("meta") for x in operands], torch.float32)
+        assert (found.shape, found.dtype) == (expected.shape, evaluate_clear(attrs, operands, torch.float32).dtype)
+
+
+@pytest.mark.parametrize(("target", "args"), [("cat", [[{"input": 0}, {"input": 1}]]), ("cumsum", [{"input": 0}])])
+@pytest.mark.parametrize("kind", ["int", "bool"])
+def test_no_operand_stands_for_a_dimension(target: str, args: list[Any], kind: str) -> None:
+    """A server would learn whether it is one that there is."""
+    inputs = [Node(i, "input", (), {"name": f"x{i}"}, (2, 2), "int", "client", "") for i in range(2)]
+    inputs.append(Node(2, "input", (), {"name": "x2"}, (), kind, "client", ""))
+    for given, named in (([*args, {"input": 2}], {}), (args, {"dim": {"input": 2}}), (args, {"dim": 0.5})):
+        for shape in ((2, 2), (4, 2), (2, 4)):
+            attrs = {"target": f"aten.{target}.default", "args": given, "kwargs": named}
+            graph = Graph((*inputs, Node(3, "clear", (0, 1, 2), attrs, shape, "int", "client", "")), (3,))
+            with pytest.raises(InvalidProgram):
+                Graph.from_json(graph.to_json(), client=True)
+    shape = (2, 4) if target == "cat" else (2, 2)
+    attrs = {"target": f"aten.{target}.default", "args": args, "kwargs": {"dim": 1}}
+    graph = Graph((*inputs, Node(3, "clear", (0, 1, 2), attrs, shape, "int", "client", "")), (3,))
+    assert Graph.from_json(graph.to_json(), client=True) == graph
 
 
 def test_operations_of_clients_are_total() -> None:

@@ -276,6 +276,15 @@ def test_a_call_that_comes_while_the_process_ends_is_dropped() -> None:
     assert threads.submit(int, "7").cancelled()
 
 
+def test_a_call_for_which_there_is_no_thread_is_not_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        hosting._Threads(1).submit(int, "7")
+
+
 def test_idle_sessions_end(
     model: Ready, dealer: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -457,15 +457,16 @@ def test_a_lone_surrogate_is_refused_in_words(embeds: ServedProxy) -> None:
 def test_the_token(embeds: ServedProxy) -> None:
     for token in ("", "x", embeds.token[:-1], embeds.token + "x", "unseen_" + "a" * 43):
         for path, given in (("/v1/models", None), ("/metrics", None), ("/v1/embeddings", {"input": "a"})):
-            error = said(embeds.ask(path, given, token=token), 401, "this proxy asks for")
+            words = "this is not the token that this proxy asks for" if token else "this proxy asks for its token"
+            error = said(embeds.ask(path, given, token=token), 401, words)
             assert error["code"] == "invalid_api_key"
     assert embeds.ask("/healthz", token="").body == {"status": "ok"}
     connection = http.client.HTTPConnection(embeds.address, timeout=30)
     for headers in ({}, {"authorization": embeds.token}, {"authorization": f"Basic {embeds.token}"}):
         connection.request("GET", "/v1/models", headers=headers)
         answer = connection.getresponse()
-        answer.read()
         assert answer.status == 401
+        assert b"this proxy asks for its token" in answer.read()
     connection.close()
 
 

@@ -146,7 +146,9 @@ class _Threads(ThreadPoolExecutor):
     def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
         try:
             return super().submit(*arguments, **named)
-        except RuntimeError:
+        except RuntimeError as error:
+            if "shutdown" not in str(error):  # such as one of no more threads, which is no reason to drop it
+                raise
             dropped = Future[Any]()
             dropped.cancel()
             return dropped

@@ -13,7 +13,7 @@ addresses of memory a look-up touches, and what a processor does with them, stil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -265,29 +265,40 @@ def evaluate_clear(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_d
 def clear_type(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_dtype: torch.dtype) -> Tensor:
     """Return a tensor of the device "meta" of the shape and type that ``evaluate_clear`` gives, for such operands.
 
-    The type of an elementwise operation's result is that for one element, and its shape that to which its operands
-    broadcast; the same for a concatenation, whose shape is a sum. For both torch would import its compiler on this
-    device, which takes seconds. Raises what ``evaluate_clear`` raises.
+    For many operations torch would import its compiler on this device, which takes seconds. So where a shape follows
+    from the operands' (``_shape``), the type is that of one element. Raises what ``evaluate_clear`` raises.
     """
-    target = attrs.get("target")
-    if target not in ELEMENTWISE and target != _CAT:
+    shape = _shape(attrs, operands)
+    if shape is None:
         return evaluate_clear(attrs, operands, float_dtype)
-    one = evaluate_clear(attrs, [torch.ones((1,) * x.dim(), dtype=x.dtype) for x in operands], float_dtype)
-    args = decode_argument(list(attrs.get("args", [])), operands, float_dtype)
-    kwargs = decode_argument(list(dict(attrs.get("kwargs", {})).values()), operands, float_dtype)
-    read = [value.shape for value in (*args, *kwargs) if isinstance(value, Tensor)]
-    shape = _joined(*args) if target == _CAT else np.broadcast_shapes(*read)
+    one = evaluate_clear(
+        attrs, [torch.ones((1,) * x.dim(), dtype=x.dtype, device="cpu") for x in operands], float_dtype
+    )
     return torch.empty(shape, dtype=one.dtype, device="meta")
 
 
-_CAT = str(aten.cat.default)
+def _shape(attrs: Mapping[str, Any], operands: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Return the shape of an elementwise operation, a running sum or a concatenation; None where torch has to say.
 
+    An operand must not stand for a whole number, such as a dimension: evaluated, torch would read the number out of it,
+    and the result depend on it. Elementwise operations take none. Of the others only the plain form is known here.
+    """
+    target, args, kwargs = attrs.get("target"), list(attrs.get("args", ())), dict(attrs.get("kwargs", {}))
 
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> tuple[int, ...]:
-    """Return the shape of tensors that are concatenated. Raises InvalidProgram if they differ in another dimension."""
-    dim %= parts[0].dim()
-    others = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
-    if len(others) > 1:
-        raise InvalidProgram("it concatenates tensors of different shapes")
-    (other,) = others
-    return (*other[:dim], sum(part.shape[dim] for part in parts), *other[dim:])
+    def read(values: Iterable[Any]) -> list[tuple[int, ...]]:
+        return [tuple(operands[v["input"]].shape) for v in values if isinstance(v, Mapping) and "input" in v]
+
+    if target in ELEMENTWISE:
+        return np.broadcast_shapes(*read([*args, *kwargs.values()]))
+    if kwargs or len(args) != 2 or type(args[1]) is not int:
+        return None
+    if target == str(aten.cumsum.default):
+        return next(iter(read(args[:1])), None)
+    parts = read(args[0]) if target == str(aten.cat.default) and isinstance(args[0], list) else []
+    if not parts or len(parts) != len(args[0]) or not -len(parts[0]) <= args[1] < len(parts[0]):
+        return None
+    dim = args[1] % len(parts[0])
+    others = {(*part[:dim], *part[dim + 1 :]) for part in parts}
+    if len(others) > 1 or len({len(part) for part in parts}) > 1:
+        return None
+    return (*parts[0][:dim], sum(part[dim] for part in parts), *parts[0][dim + 1 :])
