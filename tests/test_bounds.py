@@ -471,16 +471,17 @@ def test_no_operand_stands_for_a_dimension(target: str, args: list[Any], kind: s
     """A server would learn whether it is one that there is."""
     inputs = [Node(i, "input", (), {"name": f"x{i}"}, (2, 2), "int", "client", "") for i in range(2)]
     inputs.append(Node(2, "input", (), {"name": "x2"}, (), kind, "client", ""))
-    for given, named in (([*args, {"input": 2}], {}), (args, {"dim": {"input": 2}}), (args, {"dim": 0.5})):
-        for shape in ((2, 2), (4, 2), (2, 4)):
-            attrs = {"target": f"aten.{target}.default", "args": given, "kwargs": named}
-            graph = Graph((*inputs, Node(3, "clear", (0, 1, 2), attrs, shape, "int", "client", "")), (3,))
-            with pytest.raises(InvalidProgram):
-                Graph.from_json(graph.to_json(), client=True)
-    shape = (2, 4) if target == "cat" else (2, 2)
-    attrs = {"target": f"aten.{target}.default", "args": args, "kwargs": {"dim": 1}}
-    graph = Graph((*inputs, Node(3, "clear", (0, 1, 2), attrs, shape, "int", "client", "")), (3,))
-    assert Graph.from_json(graph.to_json(), client=True) == graph
+
+    def graph(args: list[Any], kwargs: dict[str, Any], shape: tuple[int, ...]) -> Graph:
+        attrs = {"target": f"aten.{target}.default", "args": args, "kwargs": kwargs}
+        return Graph((*inputs, Node(3, "clear", (0, 1, 2), attrs, shape, "int", "client", "")), (3,))
+
+    wrong: list[tuple[list[Any], dict[str, Any]]] = [([*args, {"input": 2}], {}), (args, {"dim": {"input": 2}})]
+    for (given, named), shape in itertools.product([*wrong, (args, {"dim": 0.5})], [(2, 2), (4, 2), (2, 4)]):
+        with pytest.raises(InvalidProgram):
+            Graph.from_json(graph(given, named, shape).to_json(), client=True)
+    right = graph(args, {"dim": 1}, (2, 4) if target == "cat" else (2, 2))
+    assert Graph.from_json(right.to_json(), client=True) == right
 
 
 def test_operations_of_clients_are_total() -> None:
