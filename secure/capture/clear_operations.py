@@ -286,7 +286,8 @@ def _shape(attrs: Mapping[str, Any], operands: Sequence[Tensor]) -> tuple[int, .
     target, args, kwargs = attrs.get("target"), list(attrs.get("args", ())), dict(attrs.get("kwargs", {}))
 
     def read(values: Iterable[Any]) -> list[tuple[int, ...]]:
-        return [tuple(operands[v["input"]].shape) for v in values if isinstance(v, Mapping) and "input" in v]
+        given = [v.get("input") for v in values if isinstance(v, Mapping)]  # evaluation refuses what is malformed
+        return [tuple(operands[i].shape) for i in given if isinstance(i, int) and 0 <= i < len(operands)]
 
     if target in ELEMENTWISE:
         return np.broadcast_shapes(*read([*args, *kwargs.values()]))
