@@ -158,7 +158,7 @@ def test_a_file_of_texts(
     command = [*FILES[task], "--input", str(source), "--output", str(output)]
     ended = run(*command)
     assert (ended.code, ended.out) == (1, "")
-    assert "1 of them have no answer" in ended.err
+    assert "one of them has no answer" in ended.err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2]
     which = "second text" if task in ("answer", "rerank") else "text"
