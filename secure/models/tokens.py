@@ -17,7 +17,7 @@ from secure.errors import EmptyInput, InputTooLong, InvalidInput
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-LONGER = "shorten it, cut or split it (the option long) where texts are embedded, or serve a greater length"
+LONGER = "shorten it, cut or split it (long; --long of a command) where texts are embedded, or serve a greater length"
 REFUSE, TRUNCATE, SPLIT = LONG = ("refuse", "truncate", "split")
 """The ways to take a text of more tokens than the padded length; see ``tokenize``."""
 

@@ -137,7 +137,7 @@ class Search(Task[str, Found]):
         if self.top is not None and self.top > served.settings.top:
             raise InvalidInput(
                 f"the {self.top} best passages: this server finds {served.settings.top}",
-                "ask for fewer, or leave it out",
+                "ask for fewer (top; --top of a command), or leave it out",
             )
         if self.passages and served.settings.reveal not in (PASSAGES, PASSAGES_SCORES):
             raise InvalidInput(
