@@ -200,8 +200,9 @@ class Proxy:
         said = request.headers.getlist("authorization")
         scheme, _, text = said[0].partition(" ") if len(said) == 1 else ("", "", "")
         digest = hashlib.sha256(text.strip().encode()).hexdigest()
-        if not (hmac.compare_digest(digest, self._digest) and scheme.lower() == "bearer"):
-            wrong = ANOTHER_TOKEN if text and scheme.lower() == "bearer" else NO_TOKEN
+        bears = scheme.lower() == "bearer"
+        if not (hmac.compare_digest(digest, self._digest) and bears):
+            wrong = ANOTHER_TOKEN if text and bears else NO_TOKEN
             raise refused(TokenError(*wrong), status=401, code="invalid_api_key")
 
     def _answered(

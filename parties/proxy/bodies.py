@@ -270,9 +270,9 @@ def read_body(kind: type[Kind], raw: bytes) -> Kind:
     try:
         found = kind.model_validate(given)
     except ValidationError as error:
-        found_wrong = error.errors(include_url=False, include_input=False, include_context=False)
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
         # of a value that may have several types, what is wrong with one of its own type comes first
-        first = min(found_wrong, key=lambda wrong: wrong["type"].endswith("_type"))
+        first = min(errors, key=lambda wrong: wrong["type"].endswith("_type"))
         where = printable(str(first["loc"][0] if first["loc"] else ""))[:40]
         raise refused(
             InvalidInput(f"{kind.named}: {where}: {first['msg']}", "see docs/endpoint.md"), param=where

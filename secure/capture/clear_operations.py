@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -271,10 +272,14 @@ def clear_type(attrs: Mapping[str, Any], operands: Sequence[Tensor], float_dtype
     shape = _shape(attrs, operands)
     if shape is None:
         return evaluate_clear(attrs, operands, float_dtype)
-    one = evaluate_clear(
-        attrs, [torch.ones((1,) * x.dim(), dtype=x.dtype, device="cpu") for x in operands], float_dtype
-    )
-    return torch.empty(shape, dtype=one.dtype, device="meta")
+    result = evaluate_clear(attrs, [_one(x.dim(), x.dtype) for x in operands], float_dtype)
+    return torch.empty(shape, dtype=result.dtype, device="meta")
+
+
+@cache
+def _one(dimensions: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of one element, for all who evaluate with it: no operation writes to an operand."""
+    return torch.ones((1,) * dimensions, dtype=dtype, device="cpu")
 
 
 def _shape(attrs: Mapping[str, Any], operands: Sequence[Tensor]) -> tuple[int, ...] | None:
