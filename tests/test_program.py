@@ -637,7 +637,7 @@ def test_encoders_are_never_wrong() -> None:
         (None, {"x": [1.0]}, {}, "the input 'x' is a list, not a tensor"),
         (None, {"x": torch.tensor([[float("nan")] * 6] * 4)}, {}, "the input 'x' holds values that are no number"),
         (None, {"x": torch.ones(4, 6)}, {"calibration": [torch.ones(4, 6)]}, "not a mapping"),
-        (None, {"x": torch.ones(4, 6)}, {"deployment": "two-party"}, "'two-party' is no deployment"),
+        (None, {"x": torch.ones(4, 6)}, {"deployment": "two-party"}, "the deployment is 'two-party'"),
     ],
 )
 def test_first_mistakes_are_named(model: Any, example: Any, options: Any, message: str) -> None:
