@@ -4,12 +4,13 @@
 """
 
 from protocols import kernels, matmul
+from protocols.two_party import bitproducts, digits
 
 
 def warm_up() -> None:
     """Compile the kernels of one element and of matrices, or load them from where they are kept."""
-    kernels.warm_up()
-    matmul.warm_up()
+    for each in (kernels, matmul, bitproducts, digits):
+        each.warm_up()
 
 
 def warm_up_all() -> None:

@@ -36,18 +36,18 @@ class _Held(Weights):
         return x * widened(self._tensors[name]) if diagonal else self.packed(name, ring_bits).times(x)
 
     def packed(self, name: str, ring_bits: int) -> Matrix:
-        """Return a tensor in the form for products in a ring; what is packed is packed at the first call."""
+        """Return a tensor in the form for products in a ring."""
         key = (name, ring_bits)
         if (found := self._packed.get(key)) is None:
             found = Matrix(self._tensors[name], ring_bits, signed=self.signed)
-            if found.packed:  # others are no more than what they are made of
+            if found.own:  # others are no more than what they are made of
                 self._packed[key] = found
         return found
 
-    def pack(self, name: str, ring_bits: int) -> None:
-        """Pack a weight before its first product, so that a process that forks shares it; a diagonal never is."""
+    def pack(self, name: str, ring_bits: int, rows: int) -> None:
+        """Make a weight ready for products of so many rows, so that a process that forks shares it; no diagonal is."""
         if self._tensors[name].dim() > 1:
-            self.packed(name, ring_bits)
+            self.packed(name, ring_bits).pack(rows)
 
 
 class ServerWeights(_Held):

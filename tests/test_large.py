@@ -102,7 +102,7 @@ def test_a_narrow_matrix_is_not_copied() -> None:
     w = weights(40, 30)
     held = ServerWeights({"w": w}).packed("w", 64)
     if matmul.native():
-        assert not held.packed
+        assert not held.own
         assert isinstance(held._value, Tensor)
         assert held._value.data_ptr() == w.data_ptr()
     meta = Matrix(w.to("meta"), 40, signed=True).times(words(2, 40).to("meta"))

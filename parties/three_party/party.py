@@ -32,6 +32,7 @@ from parties.three_party.conversations import OWNER_BYTES, PartyConversations, W
 from parties.three_party.pair_keys import PairKey
 from parties.three_party.shared_model import PartyShare, SharedProgram
 from protocols import wire
+from protocols.protocol import count
 from protocols.three_party import SharedLinear
 from protocols.three_party.endpoints import Coins, LookedUp
 from protocols.three_party.lookup import warm_up
@@ -117,12 +118,13 @@ class PartyService(PartyServicer, ABC):
         if lookups:
             warm_up()
         for p in lookups:
-            weights.tables(p.table, p.ring)
+            for table in weights.tables(p.table, p.ring):
+                table.pack(p.points)
         if isinstance(weights, SharedWeights):
             for instruction in circuit.circuit:
                 linear = instruction.protocol
                 if isinstance(linear, SharedLinear) and not linear.diagonal:
-                    weights.pack(linear.weight, linear.ring)
+                    weights.pack(linear.weight, linear.ring, count(linear.shape[:-1]))
 
     # the client
 

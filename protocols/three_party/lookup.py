@@ -38,7 +38,7 @@ SERVERS = 3
 
 
 class LookupTable:
-    """One component of a shared table, (V, d) residues, packed once for products modulo 2^ring.
+    """One component of a shared table, (V, d) residues, packed at most once for products modulo 2^ring.
 
     It is cut into slices of rows, which takes two thirds of the time of one long product: a slice's shares stay in
     cache.
@@ -47,10 +47,15 @@ class LookupTable:
     def __init__(self, component: Tensor, ring_bits: int) -> None:
         self.domain, self.width = component.shape
         self.ring_bits = ring_bits
-        self._slices = [Matrix(rows, ring_bits, signed=False) for rows in component.split(dpf.SLICE)]
+        self._slices = [Matrix(rows, ring_bits, signed=False, held=False) for rows in component.split(dpf.SLICE)]
 
     def __repr__(self) -> str:
         return f"LookupTable({self.domain} rows of {self.width}, {self.ring_bits} bits)"
+
+    def pack(self, points: int) -> None:
+        """Make it ready for look-ups of so many rows at a time."""
+        for each in self._slices:
+            each.pack(points)
 
     def add_product(self, total: Tensor, shares: Tensor, first: int) -> None:
         """Add shares @ rows to ``total``, in place.

@@ -80,14 +80,18 @@ class SharedWeights(Weights):
         if diagonal:
             left, w_1 = self._left(name), self._masked[name]
             return value * left - mask * w_1
-        self.pack(name, ring_bits)
-        return self._packed[name, ring_bits].times(torch.cat([value, -mask], dim=-1))
+        return self._stacked(name, ring_bits).times(torch.cat([value, -mask], dim=-1))
 
-    def pack(self, name: str, ring_bits: int) -> None:
-        """Pack a matrix for products modulo 2^ring_bits, unless it is packed already."""
-        if (name, ring_bits) not in self._packed:
+    def pack(self, name: str, ring_bits: int, rows: int) -> None:
+        """Make a matrix ready for products of so many rows modulo 2^ring_bits."""
+        self._stacked(name, ring_bits).pack(rows)
+
+    def _stacked(self, name: str, ring_bits: int) -> Matrix:
+        """Return the factors of z and of r, one below the other, ready for products modulo 2^ring_bits."""
+        if (found := self._packed.get((name, ring_bits))) is None:
             stacked = torch.cat([self._left(name), self._masked[name]])
-            self._packed[name, ring_bits] = Matrix(stacked, ring_bits, signed=False)
+            found = self._packed[name, ring_bits] = Matrix(stacked, ring_bits, signed=False, held=False)
+        return found
 
     def _left(self, name: str) -> Tensor:
         """Return the factor of z: W_0 (party 0) or W_1 + W_2 (party 1)."""

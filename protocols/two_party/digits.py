@@ -47,6 +47,7 @@ from torch import Tensor
 
 from protocols import bits, kernels, ring
 from protocols.fields import Bits, Count, Ring, Shape, Whole
+from protocols.kernels import Array
 from protocols.protocol import CircuitCost, Draw, Material, Protocol, Rows, Step, Weights, count, plane_shape
 from protocols.wire import Wire
 
@@ -60,12 +61,31 @@ PLACES = 512
 """The most places of an element in a histogram: a vector of 512 bytes, dealt once or twice."""
 
 
+@kernels.compiled
+def _interval_rows(starts: Array, size: int, below: int, out: Array) -> None:
+    for i in range(starts.size):
+        for turn in (0, size):  # the part that goes on at zero is that of the turn before
+            first, last = max(starts[i] - turn, 0), min(starts[i] - turn + below, size) - 1
+            for byte in range(first >> 3, (last >> 3) + 1 if last >= first else 0):
+                whole = 0xFF
+                if byte == first >> 3:
+                    whole &= 0xFF << (first & 7)
+                if byte == last >> 3:
+                    whole &= 0xFF >> (7 - (last & 7))
+                out[i, byte] |= np.uint8(whole)
+
+
 def _intervals(top: Tensor, size: int, first: int, below: int) -> Rows:
     """Return, for every top(r) < size, the packed bits [(t - top(r) - first) mod size < below] for t < size."""
     used, index = (np.arange(size), top) if len(top) > size else (top.numpy(), torch.arange(len(top)))
-    inside = np.roll(np.arange(size) < below, first)
-    turned = np.lib.stride_tricks.sliding_window_view(np.tile(inside, 2), size)
-    return Rows(torch.from_numpy(np.packbits(turned[size - used], axis=1, bitorder="little")), index)
+    rows = np.zeros((len(used), -(-size // 8)), np.uint8)
+    _interval_rows((used + first) & (size - 1), size, below, rows)
+    return Rows(torch.from_numpy(rows), index)
+
+
+def warm_up() -> None:
+    """Compile what is compiled here."""
+    _intervals(torch.zeros(1, dtype=torch.int64), 8, 0, 1)
 
 
 @dataclass(frozen=True)
