@@ -17,14 +17,15 @@ limbs        exact matrix products through float64
 narrow       integers in the narrowest type that holds them, and products that read them so
 madd52       exact matrix products by an instruction for 52-bit integers
 matmul       the fastest of these kernels and torch's own
-warm         all that is compiled, before a query waits for it
 prg          AES-CTR streams, keys
 protocol     the base class of protocols; exchanges, openings, draws, costs
+ahead        streams of many instructions, made together
 steps        merging steps and running them: the loop of every party
 local        steps without messages: sums, shapes, truncation
 ckks/        homomorphic evaluation: the server computes on ciphertexts
 two_party/   the protocols between client and server, with a dealer
 three_party/ the protocols between three servers of which at most one is corrupted
+warm         all that is compiled, before a query waits for it
 weights      each party's part of the server's weights
 circuit      circuits of protocols: execute, prepare, deal, reference
 """

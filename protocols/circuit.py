@@ -13,13 +13,14 @@ import typing
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from protocols import bits, wire
+from protocols.ahead import StreamsAhead
 from protocols.prg import SHORT, Bytes, Key, Stream, as_words
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
@@ -85,6 +86,7 @@ class Correlations:
     ) -> None:
         """Hold the key of the party's streams, and at the server the dealer's ``corrections`` by instruction."""
         self._party, self._key = party, key
+        self._streams: Key | StreamsAhead = key
         self._corrections = dict(corrections or {}) if isinstance(corrections, Mapping | None) else corrections
         self._taken: set[int] = set()
         self._drawn: dict[int, dict[str, Tensor]] = {}
@@ -102,11 +104,16 @@ class Correlations:
         if index in self._taken:
             raise CorrelationReused(f"the correlation of instruction {index} ({protocol.kind}) was already used")
         self._taken.add(index)
-        held, corrected = [d for d in protocol.masks if _holds(d, self._party)], self._party == SERVER
-        taken = held if corrected else [*held, *protocol.derived]
-        shares = drawn(taken, self._key.stream(index))
+        taken = protocol.drawn[self._party]
+        shares = drawn(taken, self._streams.stream(index))
         material = {d.name: share for d, share in zip(taken, shares, strict=True)}
-        return material | _split(self._corrections.pop(index, b""), protocol) if corrected else material
+        if self._party == SERVER:
+            material |= _split(self._corrections.pop(index, b""), protocol)
+        return material
+
+    def foresee(self, circuit: Circuit, *, offline: bool) -> None:
+        """Make the streams that a circuit will take together; offline: those that are taken before a query."""
+        self._streams = StreamsAhead(circuit, self._key, self._party, offline=offline)
 
     def prepare(self, index: int, protocol: Protocol, operands: tuple[Any, ...], weights: Weights) -> Any:
         """Client, before the query: draw an instruction's material, and compute and keep what needs no input."""
@@ -141,10 +148,6 @@ def drawn(draws: Sequence[Draw], stream: Stream) -> Iterator[Tensor]:
         taken = read[at : at + d.drawn_bytes]
         yield torch.from_numpy((taken if d.wire.planes else as_words(taken)).reshape(d.shape))
         at += d.drawn_bytes
-
-
-def _holds(spec: Draw, party: int) -> bool:
-    return spec.holder is None or spec.holder == party
 
 
 def _split(payload: bytes | memoryview, protocol: Protocol) -> dict[str, Tensor]:
@@ -198,6 +201,7 @@ def execute(
     party's shares of them if the client is none of the parties; and the openings that earlier queries kept.
     """
     values, told = _Values(circuit, outputs), observer or Observer()
+    correlations.foresee(circuit, offline=False)
     missing = [len(set(i.inputs)) for i in circuit]
     readers, places = _readers(circuit)
     ready = [i for i, m in enumerate(missing) if m == 0]
@@ -271,6 +275,8 @@ def prepare_together(circuit: Circuit, correlations: Sequence[Correlations], wei
     They are prepared side by side, so that each matrix is read once for all of them.
     """
     values: list[dict[int, Any]] = [{} for _ in correlations]
+    for each in correlations:
+        each.foresee(circuit, offline=True)
     last = {
         i: n for n, instruction in enumerate(circuit) if instruction.protocol.works_offline for i in instruction.inputs
     }
@@ -331,17 +337,25 @@ def deal_together(
     FrameError if an opening is missing.
     """
     masks = [_Values(circuit, ()) for _ in queries]
+    streams = [_Streams(*(StreamsAhead(circuit, k, p) for p, k in enumerate((q.server, q.client)))) for q in queries]
     for index, instruction in enumerate(circuit):
         protocol, operands = instruction.protocol, [each.take(instruction.inputs) for each in masks]
         if protocol.recalls:
             operands = [(_given(query, index, protocol.recalls),) for query in queries]
-        found = _dealt(index, protocol, operands, queries, weights)
+        found = _dealt(index, protocol, operands, streams, weights)
         for query, values, (_, mask) in zip(queries, masks, found, strict=True):
             values.put(index, mask)
             if protocol.keeps:
                 query.keeping[protocol.keeps] = mask
         if protocol.derived:
             yield index, [payload for payload, _ in found if payload is not None]
+
+
+class _Streams(NamedTuple):
+    """Those of both parties, for one query."""
+
+    server: Key | StreamsAhead
+    client: Key | StreamsAhead
 
 
 def _given(query: Dealt, index: int, name: str) -> Tensor:
@@ -358,7 +372,7 @@ def deal_one(
 
     operands: the masks of what it reads.
     """
-    (found,) = _dealt(index, protocol, [operands], [Dealt(server, client)], weights)
+    (found,) = _dealt(index, protocol, [operands], [_Streams(server, client)], weights)
     return found
 
 
@@ -366,31 +380,34 @@ def _dealt(
     index: int,
     protocol: Protocol,
     operands: Sequence[tuple[Any, ...]],
-    queries: Sequence[Dealt],
+    queries: Sequence[_Streams],
     weights: Weights,
 ) -> list[tuple[memoryview | None, Any]]:
     """Return what ``deal_one`` returns, for each of several queries."""
     if not protocol.draws:
         return [(None, mask) for _, mask in protocol.deal_together([{}] * len(queries), operands, weights)]
     streams = [query.client.stream(index) for query in queries]
-    plain = [_plain(index, protocol, query, others) for query, others in zip(queries, streams, strict=True)]
+    plain = [_plain(index, protocol, query.server, client) for query, client in zip(queries, streams, strict=True)]
     found = protocol.deal_together(plain, operands, weights)
     return [
-        (_corrections(protocol, totals, others), mask) for (totals, mask), others in zip(found, streams, strict=True)
+        (_corrections(protocol, totals, client), mask) for (totals, mask), client in zip(found, streams, strict=True)
     ]
 
 
-def _plain(index: int, protocol: Protocol, query: Dealt, others: Stream) -> dict[str, Tensor]:
-    """Return the masks that a protocol draws, of both parties together. others: the client's stream."""
-    coming = {
-        party: drawn([d for d in protocol.masks if _holds(d, party)], stream)
-        for party, stream in ((SERVER, query.server.stream(index)), (CLIENT, others))
-    }
+def _plain(index: int, protocol: Protocol, server: Key | StreamsAhead, client: Stream) -> dict[str, Tensor]:
+    """Return the masks that a protocol draws, of both parties together. server: its streams; client: its stream."""
+    if not protocol.masks:
+        return {}
+    coming = drawn(protocol.drawn[SERVER], server.stream(index)), drawn(_underived(protocol.drawn[CLIENT]), client)
     plain: dict[str, Tensor] = {}
     for d in protocol.masks:  # one after the other: of large ones no more than two shares are in memory
-        shares = [next(coming[party]) for party in (SERVER, CLIENT) if _holds(d, party)]
+        shares = [next(coming[party]) for party in (SERVER, CLIENT) if d.holder in (None, party)]
         plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
     return plain
+
+
+def _underived(draws: Sequence[Draw]) -> list[Draw]:
+    return [d for d in draws if not d.derived]
 
 
 def _corrections(protocol: Protocol, totals: Mapping[str, Any], client: Stream) -> memoryview | None:

@@ -9,6 +9,7 @@ number before anything is drawn.
 import math
 import secrets
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +77,11 @@ class Key:
         """The stream of instruction ``index``; read it once. Raises OverflowError for an index of more than 64 bits."""
         return Stream(self._ciphers, index)
 
+    def streams(self, sizes: Mapping[int, int]) -> "dict[int, Stream]":
+        """Return streams by index, of which so many first bytes are made in one call of the cipher."""
+        made = self._ciphers.beginnings(sizes)
+        return {index: Stream(self._ciphers, index, first) for index, first in zip(sizes, made, strict=True)}
+
 
 class _Ciphers:
     """AES in counter mode under one key: a cipher that all streams share reads what is short; others are one's own."""
@@ -97,6 +103,19 @@ class _Ciphers:
                 self._shared.update(bytes(inside))
             self._shared.update_into(_ZEROS[: len(out)].data, out.data)
 
+    def beginnings(self, sizes: Mapping[int, int]) -> "list[Bytes]":
+        """Return the first bytes of several streams: blocks of counters, encrypted as counter mode does."""
+        blocks = np.array([-(-size // BLOCK) for size in sizes.values()], np.int64)
+        stops = np.cumsum(blocks)
+        counters = np.empty((int(stops[-1]) if len(stops) else 0, 2), ">u8")
+        counters[:, 0] = np.repeat(np.array(list(sizes), np.uint64), blocks)
+        counters[:, 1] = np.arange(len(counters)) - np.repeat(stops - blocks, blocks)
+        out = np.empty(BLOCK * len(counters) + BLOCK - 1, np.uint8)  # the library wants room for a block more
+        encryptor = Cipher(self._algorithm, modes.ECB()).encryptor()  # no block of counters comes twice
+        encryptor.update_into(counters.data.cast("B") if len(counters) else b"", out.data)
+        starts = BLOCK * (stops - blocks)
+        return [out[start : start + size] for start, size in zip(starts.tolist(), sizes.values(), strict=True)]
+
     def counting(self, index: int, first: int) -> CipherContext:
         """Return a cipher that stands at a block of a stream."""
         return Cipher(self._algorithm, modes.CTR(_counter(index, first))).encryptor()
@@ -110,14 +129,18 @@ def _counter(index: int, block: int) -> bytes:
 class Stream:
     """The bytes of one named stream, read from front to back."""
 
-    def __init__(self, ciphers: _Ciphers, index: int) -> None:
+    def __init__(self, ciphers: _Ciphers, index: int, first: Bytes | None = None) -> None:
         _counter(index, 0)  # raises: another index would have the blocks of a smaller one
         self._ciphers, self._index = ciphers, index
-        self._at = 0
+        self._at, self._first = 0, first  # bytes that are there already
         self._encryptor: CipherContext | None = None  # stands at _at; None until much is read
 
     def read(self, size: int) -> Bytes:
-        """Return the next bytes."""
+        """Return the next bytes, in memory that nothing else reads; the first is at a multiple of 8."""
+        if self._first is not None and self._encryptor is None and self._at + size <= len(self._first):
+            start, self._at = self._at, self._at + size
+            here = self._first[start : self._at]
+            return here.copy() if start % 8 else here
         out = np.empty(size, dtype=np.uint8)
         if size > SHORT or self._encryptor is not None:
             self.fill(out)

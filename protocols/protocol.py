@@ -233,6 +233,18 @@ class Protocol(ABC):
         return tuple(d for d in self.draws if d.derived)
 
     @cached_property
+    def drawn(self) -> tuple[tuple[Draw, ...], tuple[Draw, ...]]:
+        """The draws that each party reads from its stream, in order; the first party's derived ones are dealt to it."""
+        held = [tuple(d for d in self.masks if d.holder in (None, party)) for party in (SERVER, CLIENT)]
+        return held[SERVER], (*held[CLIENT], *self.derived)
+
+    @cached_property
+    def drawn_bytes(self) -> tuple[int, int]:
+        """Bytes that each party reads from its stream."""
+        first, second = (sum(d.drawn_bytes for d in draws) for draws in self.drawn)
+        return first, second
+
+    @cached_property
     def dealt_bytes(self) -> int:
         """Bytes of the corrections that the dealer sends to the first party for one use."""
         return sum(d.wire.size for d in self.derived)

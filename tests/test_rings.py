@@ -123,6 +123,72 @@ def test_products_of_few_rows_by_one_large_matrix(rows: int, n: int, p: int, k: 
         assert matmul.Matrix(w, k, signed=False).times(x).equal(expected)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([torch.int8, torch.int16, torch.int32, torch.int64]),
+    st.integers(1, 64),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+)
+def test_loops_and_limbs_agree(seed: int, kind: torch.dtype, k: int, rows: int, signed: bool, looped: bool) -> None:
+    """Without AVX-512 one matrix is multiplied in a loop or in limbs, as is faster, before it is packed and after."""
+    rng = np.random.default_rng(seed)
+    n, p = (int(v) for v in rng.integers(1, 40, 2))
+    x, w = words(rng, (rows, n)), words(rng, (n, p))
+    if kind != torch.int64:
+        w = w.to(kind)
+    elif signed:
+        w = ring.right(w, 30)
+    expected = ring.reduce((x[:, :, None] * w.to(torch.int64)).sum(1), k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "native", lambda: False)
+        patch.setattr(matmul, "_loops", lambda *_: looped)
+        for held in (True, False):
+            matrix = matmul.Matrix(w, k, signed=signed, held=held)
+            assert matrix.times(x).equal(expected)
+            patch.setattr(matmul, "_loops", lambda *_: False)
+            matrix.pack(rows)
+            assert (matrix._value is None) is not held
+            patch.setattr(matmul, "_loops", lambda *_: looped)
+            assert matrix.times(x).equal(expected)
+            assert matrix.times(x[0]).equal(expected[0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32), st.integers(1, 64), st.integers(1, 12), st.booleans(), st.booleans())
+def test_batches_of_small_products(seed: int, k: int, rows: int, small: bool, turned: bool) -> None:
+    rng = np.random.default_rng(seed)
+    n, p, batch = (int(v) for v in rng.integers(1, 20, 3))
+    x, w = words(rng, (2, 1, rows, n)), words(rng, (batch, p, n)).mT if turned else words(rng, (batch, n, p))
+    expected = ring.reduce((x[..., None] * w[..., None, :, :]).sum(-2), k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "native", lambda: False)
+        patch.setattr(matmul, "_is_small", lambda *_: small)
+        assert matmul.matmul(x, w, k).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "looped"), [(3, 15, True), (4, 15, False), (7, 40, True), (8, 40, False), (15, 60, True)]
+)
+def test_few_rows_are_multiplied_in_a_loop(rows: int, bits: int, looped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512. Few are fewer for integers of fewer bits, which limbs multiply faster. Small products always."""
+    called: list[int] = []
+    monkeypatch.setattr(matmul, "native", lambda: False)
+
+    def noted(x: Tensor, *_: object) -> Tensor:
+        called.append(len(x))
+        return x.new_zeros(len(x), 600)
+
+    monkeypatch.setattr("protocols.limbs.matmul", noted)
+    large = torch.zeros(600, 600, dtype=torch.int16 if bits < 16 else torch.int64)
+    matmul.Matrix(large, max(bits, 20), signed=False).times(torch.zeros(rows, 600, dtype=torch.int64))
+    assert called == ([] if looped else [rows])
+    matmul.Matrix(large[:60, :60], 20, signed=False).times(torch.zeros(99, 60, dtype=torch.int64))
+    assert len(called) == (not looped)
+
+
 # bits
 
 

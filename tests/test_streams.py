@@ -10,9 +10,14 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.circuit import drawn
+from protocols.ahead import TOGETHER, StreamsAhead
+from protocols.circuit import Instruction, drawn
+from protocols.local import Truncate
 from protocols.prg import SHORT, Key, fresh_seed
 from protocols.protocol import Draw
+from protocols.two_party.linear import Deliver
+from protocols.two_party.opening import Open
+from protocols.two_party.product import Product
 
 SIZES = st.lists(st.one_of(st.integers(0, 70), st.integers(SHORT - 40, SHORT + 40), st.just(3 * SHORT)), max_size=8)
 INDICES = st.one_of(st.integers(0, 9), st.integers(2**63, 2**64 - 1))
@@ -33,6 +38,36 @@ def test_reads_of_any_sizes_are_the_bytes_of_counter_mode(sizes: list[int], inde
     named = key()
     stream = named.stream(index)
     assert b"".join(bytes(stream.read(size)) for size in sizes) == counting(named, index, sum(sizes))
+
+
+@given(st.dictionaries(INDICES, st.integers(0, 100), max_size=6), st.lists(st.integers(0, 70), max_size=4))
+def test_streams_begun_together_are_those_of_counter_mode(begun: dict[int, int], sizes: list[int]) -> None:
+    """Whatever was made at first, and whatever is read: its bytes or others, from memory of its own."""
+    named = key()
+    streams = named.streams(begun)
+    assert list(streams) == list(begun)
+    found: dict[int, list[np.ndarray[tuple[int], np.dtype[np.uint8]]]] = {
+        index: [stream.read(size) for size in (*sizes, SHORT + 1, 5)] for index, stream in streams.items()
+    }
+    for index, parts in found.items():
+        assert b"".join(map(bytes, parts)) == counting(named, index, sum(sizes) + SHORT + 6)
+        assert all(part.ctypes.data % 8 == 0 for part in parts if len(part))
+        parts[0][:] = 0
+    for index, parts in found.items():  # no other part has changed
+        rest = b"".join(map(bytes, parts[1:]))
+        assert rest == counting(named, index, sum(sizes) + SHORT + 6)[-len(rest) :]
+
+
+@given(st.data(), st.sampled_from([None, True, False]), st.integers(0, 1))
+def test_instructions_have_their_streams_in_any_order(data: st.DataObject, offline: bool | None, party: int) -> None:
+    """Made ahead or not, the streams of a circuit's instructions are those of the key."""
+    kinds = [Open((5,), 40), Deliver((3,), 33), Product((2,), 20), Truncate((2,), 20, 3), Open((SHORT,), 64)]
+    circuit = [Instruction(kind) for kind in data.draw(st.lists(st.sampled_from(kinds), max_size=2 * TOGETHER))]
+    named, order = key(), data.draw(st.permutations(range(len(circuit))))
+    ahead = StreamsAhead(circuit, named, party, offline=offline)
+    for index in order:
+        size = circuit[index].protocol.drawn_bytes[party]
+        assert bytes(ahead.stream(index).read(size)) == bytes(named.stream(index).read(size))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([1, 3, 8, 200, SHORT // 8 + 1])), max_size=5))
