@@ -177,7 +177,7 @@ def test_few_rows_are_multiplied_in_a_loop(rows: int, bits: int, looped: bool, m
     called: list[int] = []
     monkeypatch.setattr(matmul, "native", lambda: False)
 
-    def noted(x: Tensor, *_: object) -> Tensor:
+    def noted(x: torch.Tensor, *_: object) -> torch.Tensor:
         called.append(len(x))
         return x.new_zeros(len(x), 600)
 
