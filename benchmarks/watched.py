@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,26 @@ THINKING = 1.5  # seconds between an answer and the next query, on average: eigh
 
 def watch(pipe: int, role: str) -> None:
     """Tell the pipe of every key that this process draws from, from now on, and again for an index that comes twice."""
-    real, drawn = Key.stream, "_drawn"
+    one, several, drawn = Key.stream, Key.streams, "_drawn"
+
+    def told(key: Key, indices: Iterable[int]) -> None:
+        if key.value == NOTHING or sys._getframe(2).f_globals["__name__"] in OF_WEIGHTS:
+            return
+        known: set[int] = key.__dict__.setdefault(drawn, set())
+        for index in indices:
+            if not known or index in known:
+                os.write(pipe, hashlib.sha256(role.encode() + key.value).digest()[:RECORD])
+            known.add(index)
 
     def stream(key: Key, index: int) -> Stream:
-        if key.value != NOTHING and sys._getframe(1).f_globals["__name__"] not in OF_WEIGHTS:
-            indices: set[int] = key.__dict__.setdefault(drawn, set())
-            if not indices or index in indices:
-                os.write(pipe, hashlib.sha256(role.encode() + key.value).digest()[:RECORD])
-            indices.add(index)
-        return real(key, index)
+        told(key, (index,))
+        return one(key, index)
 
-    Key.stream = stream  # type: ignore[assignment,method-assign]
+    def streams(key: Key, sizes: Mapping[int, int]) -> dict[int, Stream]:
+        told(key, sizes)
+        return several(key, sizes)
+
+    Key.stream, Key.streams = stream, streams  # type: ignore[method-assign]
 
 
 OURS = ("parties", "secure", "protocols")

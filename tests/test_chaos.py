@@ -43,15 +43,22 @@ def test_faults_follow_from_their_seed_and_every_kind_comes() -> None:
         ([("server", [(1, 0), (2, 0), (1, 0)])], 1),  # a stream
     ],
 )
-def test_a_key_that_serves_twice_is_seen(drawn: list[tuple[str, list[tuple[int, int]]]], twice: int) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_a_key_that_serves_twice_is_seen(
+    drawn: list[tuple[str, list[tuple[int, int]]]], twice: int, together: bool
+) -> None:
     ledger = watched.Ledger()
     for role, names in drawn:  # a process each
         keys = {value: Key(bytes([value]) * 16) for value, _ in names}
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Key, "stream", Key.stream)  # and back again
+            for method in ("stream", "streams"):
+                patched.setattr(Key, method, getattr(Key, method))  # and back again
             watched.watch(ledger.pipe, role)
             for value, index in names:
-                keys[value].stream(index)
+                if together:
+                    keys[value].streams({index: 5})
+                else:
+                    keys[value].stream(index)
     ledger.close()
     assert ledger.twice == twice
 
