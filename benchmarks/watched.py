@@ -62,7 +62,7 @@ def watch(pipe: int, role: str) -> None:
         told(key, sizes)
         return several(key, sizes)
 
-    Key.stream, Key.streams = stream, streams  # type: ignore[method-assign]
+    Key.stream, Key.streams = stream, streams  # type: ignore[assignment,method-assign]
 
 
 OURS = ("parties", "secure", "protocols")
