@@ -16,7 +16,7 @@ choice        sets of approximations for a model's operations, by name
 """
 
 from approximations.activations import absolute, gelu, relu, sigmoid, silu, tanh
-from approximations.choice import APPROXIMATIONS, Functions, choose
+from approximations.choice import APPROXIMATIONS, Function, Functions, choose
 from approximations.division import reciprocal, rsqrt
 from approximations.norms import (
     l2_normalize,
@@ -36,6 +36,7 @@ __unseen__ = True  # the mark that unseen_start looks for
 
 __all__ = [
     "APPROXIMATIONS",
+    "Function",
     "Functions",
     "Piece",
     "absolute",

@@ -28,6 +28,7 @@ class Functions:
     attend: Function
     layer_norm_factors: Function  # before its weight and bias
     power: Function = power  # of models in polynomial form; a compiler may know another way to compute the same
+    power_of_few: Function = power  # the same of few values, for which it may cost more
 
     @property
     def labels(self) -> dict[str, str]:

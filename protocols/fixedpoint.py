@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass
 
 from protocols.errors import FixedPointError
 
+LEAST_FRACTION = 8
+"""The fewest fraction bits of activations."""
+
 
 @dataclass(frozen=True)
 class FixedPoint:
@@ -20,7 +23,11 @@ class FixedPoint:
     margin_bits: int = 1
 
     def __post_init__(self) -> None:
-        for name, low, high in (("fraction_bits", 8, 20), ("weight_fraction_bits", 6, 20), ("margin_bits", 0, 6)):
+        for name, low, high in (
+            ("fraction_bits", LEAST_FRACTION, 20),
+            ("weight_fraction_bits", 6, 20),
+            ("margin_bits", 0, 6),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:
                 raise FixedPointError(f"fixed point: {name} is an integer from {low} to {high}, got {value!r}")

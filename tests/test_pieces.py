@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -302,6 +303,59 @@ class _Scaled(nn.Module):
 def quartic(x: Tensor) -> Tensor:
     out: Tensor = polynomial_operation(x, list(QUARTIC.coefficients), 0.0)
     return out
+
+
+class _Weighed(nn.Module):
+    """Polynomials of scores, and their products with values: what Power-Softmax attention computes."""
+
+    def __init__(self, coefficients: Sequence[float]) -> None:
+        super().__init__()
+        self.layer, self.coefficients = nn.Linear(4, 4, bias=False), list(coefficients)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.eye(4))
+
+    def forward(self, scores: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = polynomial_operation(self.layer(scores), self.coefficients, 0.0) @ self.layer(values)
+        return out
+
+
+SHIFTED = Piece((0.0, 0.0, 0.0, 0.0, 2.0**-8), -4.0)  # (1 + x / 4)^4
+LONG = Piece((0.0, 0.0, 0.0, 0.0, 0.3333 * 2.0**-8), -4.0)
+
+
+def _expanded(piece: Piece) -> list[float]:
+    """The coefficients of powers of x."""
+    c = piece.coefficients[-1]
+    return [c * math.comb(4, k) * (-piece.centre) ** (4 - k) for k in range(5)]
+
+
+@pytest.mark.parametrize(("piece", "extensions"), [(SHIFTED, 0), (LONG, 1)])
+def test_short_coefficients_spare_an_extension(piece: Piece, extensions: int) -> None:
+    """A wider ring leaves fewer bits for coefficients, which a power of a short fraction does not need.
+
+    And as the polynomial reads few fraction bits of its argument, no others are opened.
+    """
+    scores = 48 * torch.rand((6, 5, 4), generator=torch.Generator().manual_seed(1)) - 8
+    values = torch.rand((6, 4, 4), generator=torch.Generator().manual_seed(2))
+    samples = [{"scores": s[None], "values": v[None]} for s, v in zip(scores, values, strict=True)]
+    model = _Weighed(_expanded(piece))
+    fixed = secure.FixedPoint(fraction_bits=12)
+    compiled = secure.compile(model, samples[0], calibration=samples[1:], fixed_point=fixed)
+    circuit = compiled.program.circuit
+    assert [i.protocol.kind for i in circuit].count("extend") == extensions
+    (lift,) = (i for i in circuit if isinstance(i.protocol, tp.Lift))
+    opening = circuit[lift.inputs[0]].protocol
+    assert isinstance(opening, tp.Open)
+    assert (opening.ring, lift.protocol.drop) == (lift.protocol.ring, 0)
+    assert (
+        opening.ring <= 12 + 6
+    )  # no more than COARSEST fraction bits, of magnitudes up to 2^8 with sign and spare bit
+    with secure.insecure_in_process(compiled) as session:
+        for sample in samples:
+            with torch.no_grad():
+                wanted = model(**sample)
+            found = session.query(sample)
+            assert float((found - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("name", ["gelu", "tanh", "silu", "polynomial"])

@@ -24,6 +24,7 @@ from approximations.fits import least_squares, minimax
 from approximations.powers import power_error, steps_for
 from protocols.fixedpoint import FixedPoint
 from protocols.two_party import Tabulated
+from protocols.two_party.tabulated import ROWS
 from secure.errors import Diverged, RangeLost
 from secure.frontend import lower_model
 from secure.models.digits import DigitsModel
@@ -31,6 +32,7 @@ from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
 from secure.models.text import text_inputs
 from secure.mpc.powers import tabulated_power
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, forms, freeze_untrained
+from secure.polynomial.operations import power_operation
 from secure.polynomial.recipe import Recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.sentences import Collate, agreement_of, words
@@ -115,8 +117,33 @@ def test_whatever_is_tabulated_has_a_table(
         return
     form = (exponent, least, least * spread, degree, steps)
     x = torch.tensor([least, least * spread], dtype=torch.float64)
-    for bits in (12, 16):
-        run_function(lambda v: tabulated_power(v, *form), x, fixed_point=FixedPoint(fraction_bits=bits))
+    for bits in (8, 12, 16, 20):
+        run_function(lambda v: tabulated_power(v, *form, most=ROWS), x, fixed_point=FixedPoint(fraction_bits=bits))
+
+
+class Inverses(nn.Module):
+    """Inverses of what a layer gives, one a row."""
+
+    def __init__(self, high: float) -> None:
+        super().__init__()
+        self.layer, self.high = nn.Linear(1, 1, bias=False), high
+        nn.init.ones_(self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = power_operation(self.layer(x), -1.0, 0.1, self.high, 3, 2)
+        return out
+
+
+@pytest.mark.parametrize(("high", "rows", "tables"), [(13.0, 300, 1), (16.0, 256, 1), (16.0, 257, 0)])
+def test_few_values_have_larger_tables(high: float, rows: int, tables: int) -> None:
+    """That of a wide range takes more than half of the coefficients that a table may have."""
+    x = torch.linspace(0.2, 12.0, rows)[:, None]
+    model = Inverses(high)
+    compiled = secure.compile(model, {"x": x})
+    kinds = [i.protocol.kind for i in compiled.program.circuit]
+    assert kinds.count("tabulated") == tables
+    with secure.insecure_in_process(compiled) as session:
+        assert float((session.query({"x": x}) / model(x).detach() - 1).abs().max()) < 0.01
 
 
 @pytest.mark.parametrize("spread", [4.0, 8.0, 16.0, 40.0])

@@ -136,6 +136,9 @@ class _NoData(Correlations):
         value = torch.empty(p.out.shape, dtype=torch.int64, device="meta")
         return Opening(value, value) if p.gives == "opening" else value
 
+    def foresee(self, circuit: Circuit, *, offline: bool) -> None:
+        pass
+
     def take(self, index: int, protocol: Protocol) -> dict[str, Tensor]:
         return {d.name: torch.empty(d.shape, dtype=d.wire.dtype, device="meta") for d in protocol.draws}
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from approximations import Functions
+from approximations import Function, Functions
 from secure.capture.clear_operations import check_client_operation
 from secure.capture.graph import Graph, Node, evaluate
 from secure.capture.operation import OPERATIONS
@@ -27,6 +27,9 @@ from secure.lowering.trace import Symbol, Trace, WeightRef
 
 OPENED = 16
 """The online bytes of an opened number, both ways; at most."""
+
+FEW = 256
+"""The most values of which powers may cost more: their largest tables take as long to deal as near parties' round."""
 
 LARGEST_COLUMN = 16.0
 """The largest inverse root of a row that comes late: results lose four bits of precision at most."""
@@ -346,6 +349,11 @@ class Lowering:
     def longest(self, node: Node) -> int:
         """Return the most entries that a row (the last dimension) of a node has at any size of the model."""
         return self._rows[node.id] if self._rows else node.shape[-1]
+
+    def power(self, node: Node) -> Function:
+        """Return the function that computes powers of a node of models in polynomial form, one or more a row."""
+        few = self._most_rows[node.id] * node.shape[-1] <= FEW
+        return self.functions.power_of_few if few else self.functions.power
 
     # normalizations
 

@@ -152,7 +152,7 @@ def product_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     ring, drop = _product_ring(plan, i, p), _square_dropped(plan, i, p)
     for x in p.inputs:
         own = plan.own(x) if drop else min(ring, plan.own(x))
-        yield Need(own, own, opened=own, lifted=0 if drop else ring)
+        yield Need(own, own, opened=own, lifted=0 if drop else ring, coarse=drop)
 
 
 def emit_product(e: Emitter, i: int, p: Primitive) -> Share:

@@ -15,6 +15,7 @@ from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from protocols.narrow import blocks, encode
 from protocols.two_party import Keep
+from protocols.two_party.tabulated import ROWS
 from protocols.weights import ServerWeights
 from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes, of_group
@@ -203,7 +204,8 @@ def check_answer_bits(bits: int | None, fixed: FixedPoint) -> None:
 
 def chosen(approximations: str, gelu: str) -> Functions:
     """Return a set of approximations, with powers of models in polynomial form from tables."""
-    return replace(choose(approximations, gelu), power=tabulated_power)
+    few = partial(tabulated_power, most=ROWS)
+    return replace(choose(approximations, gelu), power=tabulated_power, power_of_few=few)
 
 
 def finish(

@@ -77,11 +77,12 @@ class Emitter:
         return Share(self.emit(tp.Extend(shape, value.ring, ring), value.index), ring, value.fraction)
 
     def opened(self, i: int) -> int:
-        """Return the only opening of value i, as wide as its widest reader needs."""
+        """Return the only opening of value i, as wide as its readers need, but for its ``coarse`` lowest bits."""
         if i in self.plan.kept:
             return self._settled[i].index
-        ring = self.plan.opened[i]
-        index = self.emit(tp.Open(self.trace.primitives[i].shape, ring), self.get(i, ring).index)
+        ring, drop, shape = self.plan.opened[i], self.plan.coarse(i), self.trace.primitives[i].shape
+        value = self.truncate(self.get(i, ring), shape, drop)
+        index = self.emit(tp.Open(shape, ring - drop), value.index)
         self.watch.within(i)
         return index
 
@@ -96,7 +97,8 @@ class Emitter:
 
     def lifted(self, i: int, drop: int, ring: int) -> int:
         """Return the only opening of value i without its lowest ``drop`` bits, lifted to a ring of ``ring`` bits."""
-        lift = tp.Lift(self.trace.primitives[i].shape, self.plan.own(i), drop, ring)
+        gone = self.plan.coarse(i)
+        lift = tp.Lift(self.trace.primitives[i].shape, self.plan.own(i) - gone, drop - gone, ring)
         return self.emit(lift, self.opened(i))
 
     def delivered(self, i: int) -> int:

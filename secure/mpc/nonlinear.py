@@ -17,7 +17,7 @@ from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import dyadic
 from secure.mpc.comparing import cheapest_compare, spare
 from secure.mpc.emitter import Emitter
-from secure.mpc.pieces import NOTHING, Curve, Precision, Straight, choose, holding, is_linear
+from secure.mpc.pieces import NOTHING, Curve, Precision, Straight, choose, holding, is_linear, wider
 from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.prices import Prices
 from secure.mpc.share import Share
@@ -36,6 +36,8 @@ def note_piecewise(plan: Plan, p: Primitive) -> None:
 def piecewise_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     (x,) = p.inputs
     layout = _layout(plan, i, p)
+    if not p.attrs["knots"] and layout.precision is not None:
+        return (opened(plan.own(x), plan.fraction[x] - layout.precision.reads),)
     ring = max(plan.compare_width(x), layout.selected) if p.attrs["knots"] else 0
     return (opened(max(ring, plan.own(x)) if layout.curves else ring),)
 
@@ -138,7 +140,13 @@ def _arranged(plan: Plan, i: int, p: Primitive, lines: Sequence[Straight | None]
         0 if split else own,
         lambda precision: _price(plan, i, replace(layout, precision=precision)),
     )
-    return replace(layout, precision=precision)
+    narrow = replace(layout, precision=precision)
+    if split or runs or plan.want(i) <= own:
+        return narrow
+    found = wider(list(curves.values()), plan.fraction[x], allowed, plan.want(i), precision)
+    wide = replace(layout, precision=found or precision)
+    spared = plan.prices.round_bytes  # readers extend the narrow one
+    return wide if found and _price(plan, i, wide) <= _price(plan, i, narrow) + spared else narrow
 
 
 def _runs(lines: Sequence[Straight | None]) -> tuple[tuple[int, int, Straight], ...]:

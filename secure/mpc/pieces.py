@@ -24,6 +24,7 @@ from secure.lowering.ranges import dyadic
 
 COARSEST = 6  # the fewest fraction bits at which a polynomial reads x
 _SHORT = 8  # bits of a slope that is applied exactly
+_AS_EXACT = 2.5  # by how much the error may be larger where a wider ring spares an extension
 _CELLS = 128  # between the points on each side of a centre at which polynomials are bounded
 
 
@@ -192,6 +193,32 @@ def choose(
     )
     found = [precision for precision in precisions if precision is not None]
     return min(found, key=lambda precision: (max(precision.rounding, allowed), price(precision)))
+
+
+def wider(curves: Sequence[Curve], given: int, allowed: float, ring: int, narrow: Precision) -> Precision | None:
+    """Return a precision that leaves the pieces in a wider ring than ``narrow``, and is about as exact, or None.
+
+    Fewer bits are left for coefficients then, which matters where they are no short binary fractions. The arguments are
+    those of ``choose``.
+    """
+    found = [_precision(curves, given, allowed, ring, reads, narrow.fraction) for reads in range(COARSEST, given + 1)]
+    losses = [(_loss(curves, given, precision), precision) for precision in found if precision is not None]
+    loss, best = min(losses, key=lambda pair: pair[0], default=(math.inf, None))
+    return best if loss <= max(allowed, _AS_EXACT * _loss(curves, given, narrow)) else None
+
+
+def _loss(curves: Sequence[Curve], given: int, precision: Precision) -> float:
+    """Return a bound of the error with the very coefficients of a precision, not with any that are rounded so."""
+    unit, scale = 0.0 if precision.reads == given else 2.0**-precision.reads, precision.scale
+
+    def of(curve: Curve) -> float:
+        rounded = [
+            m * 2.0 ** (j * precision.reads - scale) for j, m in enumerate(curve.integers(precision.reads, scale))
+        ]
+        changed = [a - b for a, b in zip(rounded, curve.coefficients, strict=True)]
+        return curve.steepest * unit + 2.0**-precision.fraction + _bound(changed, curve.near)
+
+    return max(map(of, curves))
 
 
 def _precision(

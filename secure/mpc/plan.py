@@ -21,7 +21,8 @@ class Need:
 
     base: the ring that the operand must have. wish: the ring that spares its readers extensions of their own.
     opened: the ring in which it is opened (0: it is not). lifted: the ring to which that opening is lifted, if it is
-    narrower (0: to none). delivered: the ring in which the server gets it, masked (0: it does not).
+    narrower (0: to none). delivered: the ring in which the server gets it, masked (0: it does not). coarse: how many of
+    its lowest bits the reader of its opening does not read.
     """
 
     base: int
@@ -29,12 +30,16 @@ class Need:
     opened: int = 0
     lifted: int = 0
     delivered: int = 0
+    coarse: int = 0
 
 
-def opened(ring: int) -> Need:
-    """Return the need of a reader that opens its operand in a ring of ``ring`` bits."""
-    return Need(ring, ring, opened=ring)
+def opened(ring: int, coarse: int = 0) -> Need:
+    """Return the need of a reader that opens its operand in a ring of ``ring`` bits, and reads all but the lowest."""
+    return Need(ring, ring, opened=ring, coarse=coarse)
 
+
+LEAST_OPENED = 8
+"""The fewest bits of an opening without its lowest."""
 
 Needs = Callable[["Plan", int, Primitive], Iterable[Need]]
 Reach = Callable[["Plan", int, Primitive], int]
@@ -116,6 +121,7 @@ class Plan:
         self.fraction = [fixed.fraction_bits] * n
         self.base, self.wish, self.reach = [0] * n, [0] * n, [0] * n
         self.opened, self.lifted, self.delivered = [0] * n, [0] * n, [0] * n
+        self._coarse: dict[int, int] = {}
         self.knots: dict[int, tuple[float, ...]] = {}
         self.tolerance: dict[int, float] = {}
         self.readers = list[list[int]]([] for _ in range(n))
@@ -151,6 +157,15 @@ class Plan:
         self.opened[x] = max(self.opened[x], need.opened)
         self.lifted[x] = max(self.lifted[x], need.lifted)
         self.delivered[x] = max(self.delivered[x], need.delivered)
+        if need.opened:
+            self._coarse[x] = min(self._coarse.get(x, WORD), need.coarse)
+
+    def coarse(self, i: int) -> int:
+        """Return how many of the lowest bits of value i are not opened, as no reader of its opening reads them.
+
+        So many are left that a digit of them tells whether the value is in its range.
+        """
+        return max(0, min(self._coarse.get(i, 0), self.own(i) - LEAST_OPENED))
 
     def own(self, i: int) -> int:
         """Return the narrowest ring for value i at its planned scale, with the sign and the spare bit of extension."""

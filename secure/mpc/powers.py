@@ -31,6 +31,7 @@ from approximations.primitives import Value
 from protocols import local
 from protocols import two_party as tp
 from protocols.bits import plane_bytes
+from protocols.fixedpoint import LEAST_FRACTION
 from protocols.protocol import Protocol, Shape
 from protocols.protocol import count as elements_of
 from protocols.ring import WORD
@@ -53,17 +54,25 @@ COEFFICIENT, JOIN = 6, 136  # dealt bytes that a coefficient takes, and another 
 
 
 def tabulated_power(
-    x: Value, exponent: float, low: float, high: float, degree: int = 3, steps: int = 0, scale: float = 1.0
+    x: Value,
+    exponent: float,
+    low: float,
+    high: float,
+    degree: int = 3,
+    steps: int = 0,
+    scale: float = 1.0,
+    *,
+    most: int = ROWS // 2,
 ) -> Value:
     """Return the same function as ``approximations.power``, looked up in one table where that spares rounds.
 
     A table takes one opening of x and compares nothing. Its relative error to the *corrected polynomial*, for which a
     model was trained, is 2^-15. That polynomial may itself miss the power by ``power_error``, 0.3 in a usual recipe, so
-    that a table of the power would be another model. A start without corrections takes one opening anyway, and some
-    wide ranges have no table: these are computed as ``power`` does.
+    that a table of the power would be another model. A start without corrections takes one opening anyway, and wide
+    ranges have no table of at most ``most`` coefficients: these are computed as ``power`` does.
     """
     form = (exponent, low, high, degree, steps)
-    if isinstance(x, Tensor) or not steps or not 0 < low < high or not _has_table(*form):
+    if isinstance(x, Tensor) or not steps or not 0 < low < high or _largest_table(*form) > most:
         return power(x, *form, scale)
     return x.power(*form, scale)
 
@@ -210,15 +219,17 @@ def _finest(low: float) -> int:
 
 
 @lru_cache(maxsize=256)
-def _has_table(exponent: float, low: float, high: float, degree: int, steps: int) -> bool:
-    """Return True if a polynomial with corrections has a table, with a factor of two to spare.
+def _largest_table(exponent: float, low: float, high: float, degree: int, steps: int) -> int:
+    """Return the coefficients of the table of a polynomial with corrections; more than ROWS if it has none.
 
-    The fraction bits of its argument are not known yet. They change the table's bounds by a rounding.
+    The fraction bits of its argument are not known yet, so it is the largest table of any that there may be.
     """
-    fraction = _finest(low)
-    f = _Function.corrected(exponent, low, high, degree, steps, fraction)
-    band = whole(f.root, *_integers(low, high, fraction), f.start, f.centre, f.steps)
-    return band is not None and 2 * band.size <= ROWS
+    sizes, finest = [], _finest(low)
+    for fraction in range(min(LEAST_FRACTION, finest), finest + 1):
+        f = _Function.corrected(exponent, low, high, degree, steps, fraction)
+        band = whole(f.root, *_integers(low, high, fraction), f.start, f.centre, f.steps)
+        sizes.append(ROWS + 1 if band is None else band.size)
+    return max(sizes)
 
 
 def _bands(plan: Plan, p: Primitive) -> _Bands:

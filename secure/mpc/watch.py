@@ -141,7 +141,7 @@ class Watch:
         e.path, before = e.trace.primitives[i].path, e.path
         if e.plan.opened[i] >= k:
             self._within.add(i)  # opening it would check it again
-            self._inside(i, e.opened(i))
+            self._inside(i, e.opened(i), e.plan.coarse(i))
         else:
             bits, *_ = _digit(e.plan, i)
             top = e.truncate(e.get(i, k), shape, k - bits)
@@ -179,7 +179,8 @@ class Watch:
         nothing = math.ceil(p.attrs["value"] * unit) + _NOISE if p.op == "offset" else 0
         if 0 < nothing < ends[0]:
             ends.insert(0, nothing)
-        opened = e.opened(i) if e.plan.opened[i] >= k else e.emit(tp.Open(p.shape, k), e.get(i, k).index)
+        whole = e.plan.opened[i] >= k and not e.plan.coarse(i)
+        opened = e.opened(i) if whole else e.emit(tp.Open(p.shape, k), e.get(i, k).index)
         if i not in self._within:  # the comparison alone would take numbers beyond half of the ring for others
             self._inside(i, opened)
         compare = cheapest_compare(p.shape, k, tuple(ends), 0, e.plan.prices.dealt_for_online)

@@ -77,7 +77,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     _check_range(to, node)
     a = node.attrs
     form = (a["exponent"], a["low"], a["high"], a["degree"], a["steps"])
-    result: Symbol = to.functions.power(to.symbol(node.inputs[0]), *form)
+    result: Symbol = to.power(node)(to.symbol(node.inputs[0]), *form)
     return result
 
 
