@@ -24,7 +24,6 @@ from approximations.fits import least_squares, minimax
 from approximations.powers import power_error, steps_for
 from protocols.fixedpoint import FixedPoint
 from protocols.two_party import Tabulated
-from protocols.two_party.tabulated import ROWS
 from secure.errors import Diverged, RangeLost
 from secure.frontend import lower_model
 from secure.models.digits import DigitsModel
@@ -118,7 +117,7 @@ def test_whatever_is_tabulated_has_a_table(
     form = (exponent, least, least * spread, degree, steps)
     x = torch.tensor([least, least * spread], dtype=torch.float64)
     for bits in (8, 12, 16, 20):
-        run_function(lambda v: tabulated_power(v, *form, most=ROWS), x, fixed_point=FixedPoint(fraction_bits=bits))
+        run_function(lambda v: tabulated_power(v, *form, few=True), x, fixed_point=FixedPoint(fraction_bits=bits))
 
 
 class Inverses(nn.Module):
@@ -134,16 +133,16 @@ class Inverses(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("high", "rows", "tables"), [(13.0, 300, 1), (16.0, 256, 1), (16.0, 257, 0)])
+@pytest.mark.parametrize(("high", "rows", "tables"), [(8.0, 300, 1), (16.0, 256, 1), (16.0, 257, 0)])
 def test_few_values_have_larger_tables(high: float, rows: int, tables: int) -> None:
     """That of a wide range takes more than half of the coefficients that a table may have."""
-    x = torch.linspace(0.2, 12.0, rows)[:, None]
+    x = torch.linspace(0.2, 7.9, rows)[:, None]
     model = Inverses(high)
     compiled = secure.compile(model, {"x": x})
     kinds = [i.protocol.kind for i in compiled.program.circuit]
     assert kinds.count("tabulated") == tables
     with secure.insecure_in_process(compiled) as session:
-        assert float((session.query({"x": x}) / model(x).detach() - 1).abs().max()) < 0.01
+        assert float((session.query({"x": x}) / model(x).detach() - 1).abs().max()) < (0.01 if tables else 0.1)
 
 
 @pytest.mark.parametrize("spread", [4.0, 8.0, 16.0, 40.0])

@@ -15,7 +15,6 @@ from approximations.activations import GELU_FORMS
 from protocols.fixedpoint import FixedPoint
 from protocols.narrow import blocks, encode
 from protocols.two_party import Keep
-from protocols.two_party.tabulated import ROWS
 from protocols.weights import ServerWeights
 from secure.errors import InvalidInput
 from secure.frontend import Size, lower_sizes, of_group
@@ -204,7 +203,7 @@ def check_answer_bits(bits: int | None, fixed: FixedPoint) -> None:
 
 def chosen(approximations: str, gelu: str) -> Functions:
     """Return a set of approximations, with powers of models in polynomial form from tables."""
-    few = partial(tabulated_power, most=ROWS)
+    few = partial(tabulated_power, few=True)
     return replace(choose(approximations, gelu), power=tabulated_power, power_of_few=few)
 
 

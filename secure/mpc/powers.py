@@ -62,17 +62,17 @@ def tabulated_power(
     steps: int = 0,
     scale: float = 1.0,
     *,
-    most: int = ROWS // 2,
+    few: bool = False,
 ) -> Value:
     """Return the same function as ``approximations.power``, looked up in one table where that spares rounds.
 
     A table takes one opening of x and compares nothing. Its relative error to the *corrected polynomial*, for which a
     model was trained, is 2^-15. That polynomial may itself miss the power by ``power_error``, 0.3 in a usual recipe, so
     that a table of the power would be another model. A start without corrections takes one opening anyway, and wide
-    ranges have no table of at most ``most`` coefficients: these are computed as ``power`` does.
+    ranges have no table: these are computed as ``power`` does. few: a table may be as large as any.
     """
     form = (exponent, low, high, degree, steps)
-    if isinstance(x, Tensor) or not steps or not 0 < low < high or _largest_table(*form) > most:
+    if isinstance(x, Tensor) or not steps or not 0 < low < high or not _has_table(*form, few):
         return power(x, *form, scale)
     return x.power(*form, scale)
 
@@ -219,17 +219,22 @@ def _finest(low: float) -> int:
 
 
 @lru_cache(maxsize=256)
-def _largest_table(exponent: float, low: float, high: float, degree: int, steps: int) -> int:
-    """Return the coefficients of the table of a polynomial with corrections; more than ROWS if it has none.
+def _has_table(exponent: float, low: float, high: float, degree: int, steps: int, few: bool) -> bool:
+    """Return True if a polynomial with corrections has a table.
 
-    The fraction bits of its argument are not known yet, so it is the largest table of any that there may be.
+    The fraction bits of its argument are not known yet. They change the table's bounds by a rounding. So it has a
+    factor of two to spare; or, of few values, it has a table at any fraction bits that there may be.
     """
-    sizes, finest = [], _finest(low)
-    for fraction in range(min(LEAST_FRACTION, finest), finest + 1):
+
+    def size(fraction: int) -> int:
         f = _Function.corrected(exponent, low, high, degree, steps, fraction)
         band = whole(f.root, *_integers(low, high, fraction), f.start, f.centre, f.steps)
-        sizes.append(ROWS + 1 if band is None else band.size)
-    return max(sizes)
+        return ROWS + 1 if band is None else band.size
+
+    finest = _finest(low)
+    if 2 * size(finest) <= ROWS:
+        return True
+    return few and all(size(fraction) <= ROWS for fraction in range(min(LEAST_FRACTION, finest), finest + 1))
 
 
 def _bands(plan: Plan, p: Primitive) -> _Bands:
