@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parties.cli import index as index_command
 from secure.errors import InvalidInput
 from secure.models import index as index_module
 from secure.models.index import MANIFEST, Index, build_index, read_index, write_index
@@ -124,6 +125,15 @@ def test_documents_that_are_none(case: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput) as caught:
         list(read_documents(tmp_path))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_a_path_without_documents_is_noticed_before_the_model_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_command, "load_text_model", lambda *_: pytest.fail("the model was read"))
+    with pytest.raises(InvalidInput, match=r"has no documents|there is no file or directory"):
+        index_command.index(tmp_path / name, tmp_path / "index")
 
 
 # files
