@@ -252,7 +252,8 @@ def _polynomials(e: Emitter, i: int, x: int, layout: _Layout) -> dict[int, Share
     out = {}
     for s, curve in layout.curves.items():
         centre = round(curve.centre * 2.0**precision.reads)
-        polynomial = tp.Polynomial(shape, ring, centre, curve.integers(precision.reads, precision.scale))
+        coefficients = curve.integers(precision.reads, precision.scale, alone=precision.alone)
+        polynomial = tp.Polynomial(shape, ring, centre, coefficients)
         value = Share(e.emit(polynomial, powers), precision.wide, precision.scale)
         out[s] = e.truncate(value, shape, precision.scale - precision.fraction)
     return out

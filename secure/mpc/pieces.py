@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -24,7 +24,7 @@ from secure.lowering.ranges import dyadic
 
 COARSEST = 6  # the fewest fraction bits at which a polynomial reads x
 _SHORT = 8  # bits of a slope that is applied exactly
-_AS_EXACT = 2.5  # by how much the error may be larger where a wider ring spares an extension
+_RELATIVE = 2.0**-9  # by how much rounded coefficients may change a piece where a wider ring spares an extension
 _CELLS = 128  # between the points on each side of a centre at which polynomials are bounded
 
 
@@ -115,17 +115,18 @@ class Curve:
         reach = self.near * 2.0**reads
         return 0.5 + sum(2.0**-j * reach**j for j in range(1, self.degree + 1))
 
-    def integers(self, reads: int, scale: int) -> tuple[int, ...]:
+    def integers(self, reads: int, scale: int, *, alone: bool = False) -> tuple[int, ...]:
         """Return the coefficients for x of ``reads`` fraction bits, and a result of ``scale``.
 
         Rounding a coefficient by d adds d v^j, for v = x - centre. Lower coefficients take up all of it but
-        d 2^(1-j) h^j T_j(v / h), for |v| <= h = ``near`` and Chebyshev's T_j, the smallest that it can be made.
+        d 2^(1-j) h^j T_j(v / h), for |v| <= h = ``near`` and Chebyshev's T_j, the smallest that it can be made. alone:
+        they do not, so that what is added is small where v is.
         """
         c, out = list(self.coefficients), []
         for j in reversed(range(len(c))):
             unit = 2.0 ** (j * reads - scale)
             out.append(round(c[j] / unit))
-            rest = c[j] - out[-1] * unit
+            rest = 0.0 if alone else c[j] - out[-1] * unit
             for k, t in enumerate(_chebyshev(j)[:-1]):
                 c[k] -= rest * t * 2.0 ** (1 - j) * self.near ** (j - k)
         return tuple(reversed(out))
@@ -157,7 +158,8 @@ def holding(magnitude: float, fraction: int) -> int:
 class Precision:
     """The fraction bits of x as polynomials read it, of polynomials, and of the pieces, and the ring of the pieces.
 
-    rounding: a bound of the error of a piece, as far as it is to be precise.
+    rounding: a bound of the error of a piece, as far as it is to be precise. alone: coefficients are rounded each by
+    itself.
     """
 
     reads: int
@@ -165,6 +167,7 @@ class Precision:
     fraction: int
     ring: int
     rounding: float
+    alone: bool = False
 
     @property
     def wide(self) -> int:
@@ -198,27 +201,25 @@ def choose(
 def wider(curves: Sequence[Curve], given: int, allowed: float, ring: int, narrow: Precision) -> Precision | None:
     """Return a precision that leaves the pieces in a wider ring than ``narrow``, and is about as exact, or None.
 
-    Fewer bits are left for coefficients then, which matters where they are no short binary fractions. The arguments are
-    those of ``choose``.
+    x may be read a bit coarser. Fewer bits are left for coefficients, which matters where they are no short binary
+    fractions. Each is rounded by itself: a power of 1 + x / c is exact where it is small, and must not become negative
+    there. The arguments are those of ``choose``.
     """
-    found = [_precision(curves, given, allowed, ring, reads, narrow.fraction) for reads in range(COARSEST, given + 1)]
-    losses = [(_loss(curves, given, precision), precision) for precision in found if precision is not None]
-    loss, best = min(losses, key=lambda pair: pair[0], default=(math.inf, None))
-    return best if loss <= max(allowed, _AS_EXACT * _loss(curves, given, narrow)) else None
+    for reads in range(narrow.reads, max(COARSEST, narrow.reads - 1) - 1, -1):
+        found = _precision(curves, given, allowed, ring, reads, narrow.fraction)
+        if found is not None and all(_keeps(curve, found) for curve in curves):
+            return replace(found, alone=True)
+    return None
 
 
-def _loss(curves: Sequence[Curve], given: int, precision: Precision) -> float:
-    """Return a bound of the error with the very coefficients of a precision, not with any that are rounded so."""
-    unit, scale = 0.0 if precision.reads == given else 2.0**-precision.reads, precision.scale
-
-    def of(curve: Curve) -> float:
-        rounded = [
-            m * 2.0 ** (j * precision.reads - scale) for j, m in enumerate(curve.integers(precision.reads, scale))
-        ]
-        changed = [a - b for a, b in zip(rounded, curve.coefficients, strict=True)]
-        return curve.steepest * unit + 2.0**-precision.fraction + _bound(changed, curve.near)
-
-    return max(map(of, curves))
+def _keeps(curve: Curve, precision: Precision) -> bool:
+    """True if coefficients that are rounded alone change a piece by a unit and a small part of its value at most."""
+    reads, scale = precision.reads, precision.scale
+    grid = torch.linspace(-curve.near, curve.near, 2 * _CELLS + 1, dtype=torch.float64)
+    exact = Piece(curve.coefficients)(grid)
+    rounded = [m * 2.0 ** (j * reads - scale) for j, m in enumerate(curve.integers(reads, scale, alone=True))]
+    changed = Piece(tuple(rounded))(grid) - exact
+    return bool((changed.abs() <= 2.0**-precision.fraction + _RELATIVE * exact.abs()).all())
 
 
 def _precision(
