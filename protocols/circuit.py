@@ -126,6 +126,8 @@ class Correlations:
         """Client, before the query: keep an instruction's material, or instead its result if that needs no input."""
         if protocol.finished_offline:
             self._finished[index] = value
+        elif protocol.drawn_bytes[self._party] <= SHORT:  # it lies in one piece of memory with others, which are spent
+            self._drawn[index] = {name: share.clone() for name, share in material.items()}
         else:
             self._drawn[index] = material
 

@@ -45,13 +45,14 @@ class Matrix:
     """
 
     def __init__(self, value: Tensor, ring_bits: int, *, signed: bool, held: bool = True) -> None:
-        self._ring, self._shape, self._signed, self._held = ring_bits, tuple(value.shape), signed, held
+        self._ring, self._shape, self._signed = ring_bits, tuple(value.shape), signed
         self._packed: limbs.Packed | None = None
         narrow_one = narrow.is_narrow(value)
         as_it_lies = narrow_one and narrow.in_place(value)
         self._value: Tensor | None = value if as_it_lies or value.is_meta else value.contiguous()
         self._packs = not (value.is_meta or native() or (narrow_one and value.numel() > _MOST_PACKED))
         self.own = self._packs or self._value is not value
+        self._held = held and self._value is value
 
     def times(self, x: Tensor) -> Tensor:
         """Return x @ self modulo 2^ring, for residues x of shape (..., n)."""
@@ -66,7 +67,8 @@ class Matrix:
 
     def pack(self, rows: int) -> None:
         """Pack it now, if products of so many rows will need it so."""
-        if self._packs and self._value is not None and not _loops(rows, self._value, self._ring):
+        value = self._value
+        if self._packs and value is not None and not _loops(rows, value, self._ring):
             self._pack()
 
     def _pack(self) -> limbs.Packed:

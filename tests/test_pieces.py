@@ -358,6 +358,37 @@ def test_short_coefficients_spare_an_extension(piece: Piece, extensions: int) ->
             assert float((found - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
 
 
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=5), st.integers(8, 16), st.integers(1, 7), st.integers(1, 12))
+def test_a_wider_ring_is_about_as_exact(found: list[float], fraction: int, reach: int, wider: int) -> None:
+    """By the error that rounded coefficients and arguments really make, wherever the piece is to be precise."""
+    curve = Curve.of(Piece(tuple(found)), -(2.0**reach), 2.0**reach)
+    allowed, ring = 1.25 * 2.0**-fraction, pieces.holding(curve.largest + 1, fraction)
+    if ring > 50:
+        return
+    narrow = pieces.choose([curve], fraction, fraction, allowed, ring, lambda precision: precision.scale)
+    chosen = pieces.wider([curve], fraction, allowed, ring + wider, narrow)
+    if chosen is None:
+        return
+    assert (chosen.ring, chosen.fraction, chosen.wide <= 64) == (ring + wider, narrow.fraction, True)
+    x = torch.linspace(-curve.near, curve.near, 1001, dtype=torch.float64)
+
+    def error(precision: Precision) -> float:
+        read = torch.floor(x * 2.0**precision.reads) if precision.reads < fraction else x * 2.0**precision.reads
+        integers = curve.integers(precision.reads, precision.scale, alone=precision.alone)
+        value = Piece(tuple(m * 2.0**-precision.scale for m in integers))(read)
+        return float((value - Piece(curve.coefficients)(x)).abs().max())
+
+    assert error(chosen) <= chosen.rounding <= max(allowed, 2.25 * (narrow.rounding + allowed))
+
+
+def test_a_ring_is_no_wider_where_coefficients_need_its_bits() -> None:
+    """A parabola with long coefficients would lose five bits."""
+    curve = Curve.of(Piece((0.05316209419811102, 0.013550775158044585, -3.2319610958258973e-05)), -64.0, 64.0)
+    ring = pieces.holding(curve.largest, 16)
+    narrow = pieces.choose([curve], 16, 16, 1.25 * 2.0**-16, ring, lambda precision: precision.scale)
+    assert pieces.wider([curve], 16, 1.25 * 2.0**-16, 42, narrow) is None
+
+
 @pytest.mark.parametrize("name", ["gelu", "tanh", "silu", "polynomial"])
 def test_programs_tell_a_hidden_range_to_its_power_of_two_alone(name: str) -> None:
     """The largest argument of calibration ends a curved segment here, and coefficients follow from the segment."""

@@ -25,10 +25,11 @@ from approximations.powers import power_error, steps_for
 from protocols.fixedpoint import FixedPoint
 from protocols.two_party import Tabulated
 from secure.errors import Diverged, RangeLost
-from secure.frontend import lower_model
+from secure.frontend import Size, lower_model
 from secure.models.digits import DigitsModel
 from secure.models.sentence_encoder import load_sentence_encoder, load_tokenizer
 from secure.models.text import text_inputs
+from secure.mpc.compile import compile_sizes
 from secure.mpc.powers import tabulated_power
 from secure.polynomial.forms import PolynomialActivation, PolynomialNorm, PowerAttention, forms, freeze_untrained
 from secure.polynomial.operations import power_operation
@@ -143,6 +144,20 @@ def test_few_values_have_larger_tables(high: float, rows: int, tables: int) -> N
     assert kinds.count("tabulated") == tables
     with secure.insecure_in_process(compiled) as session:
         assert float((session.query({"x": x}) / model(x).detach() - 1).abs().max()) < (0.01 if tables else 0.1)
+
+
+class Rows(Inverses):
+    """Inverses that lie side by side in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., None]).squeeze(-1)
+
+
+def test_all_sizes_have_tables_or_none() -> None:
+    """The largest size decides, so that all compute alike."""
+    given = [{"x": torch.linspace(0.2, 7.9, length)[None]} for length in (200, 300)]
+    made = compile_sizes(Rows(16.0), [(Size(sample, [sample]), {}) for sample in given])
+    assert [sum(i.protocol.kind == "tabulated" for i in each.program.circuit) for each in made] == [0, 0]
 
 
 @pytest.mark.parametrize("spread", [4.0, 8.0, 16.0, 40.0])

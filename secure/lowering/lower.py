@@ -352,7 +352,7 @@ class Lowering:
 
     def power(self, node: Node) -> Function:
         """Return the function that computes powers of a node of models in polynomial form, one or more a row."""
-        few = self._most_rows[node.id] * node.shape[-1] <= FEW
+        few = self._most_rows[node.id] * self.longest(node) <= FEW
         return self.functions.power_of_few if few else self.functions.power
 
     # normalizations

@@ -24,7 +24,8 @@ from secure.lowering.ranges import dyadic
 
 COARSEST = 6  # the fewest fraction bits at which a polynomial reads x
 _SHORT = 8  # bits of a slope that is applied exactly
-_RELATIVE = 2.0**-9  # by how much rounded coefficients may change a piece where a wider ring spares an extension
+_AS_EXACT = 2.25  # by how much the bound of the error may be larger where a wider ring spares an extension
+_RELATIVE = 2.0**-9  # by how much rounded coefficients may change a value then
 _CELLS = 128  # between the points on each side of a centre at which polynomials are bounded
 
 
@@ -203,22 +204,39 @@ def wider(curves: Sequence[Curve], given: int, allowed: float, ring: int, narrow
 
     x may be read a bit coarser. Fewer bits are left for coefficients, which matters where they are no short binary
     fractions. Each is rounded by itself: a power of 1 + x / c is exact where it is small, and must not become negative
-    there. The arguments are those of ``choose``.
+    there by more than a unit. The arguments are those of ``choose``.
     """
+    most = max(allowed, _AS_EXACT * max(_loss(curve, given, narrow) for curve in curves))
     for reads in range(narrow.reads, max(COARSEST, narrow.reads - 1) - 1, -1):
         found = _precision(curves, given, allowed, ring, reads, narrow.fraction)
-        if found is not None and all(_keeps(curve, found) for curve in curves):
-            return replace(found, alone=True)
+        if found is None:
+            continue
+        found = replace(found, alone=True)
+        found = replace(found, rounding=max(_loss(curve, given, found) for curve in curves))
+        if found.rounding <= most and all(_keeps(curve, found) for curve in curves):
+            return found
     return None
 
 
-def _keeps(curve: Curve, precision: Precision) -> bool:
-    """True if coefficients that are rounded alone change a piece by a unit and a small part of its value at most."""
+def _changed(curve: Curve, precision: Precision) -> tuple[float, ...]:
+    """Return by how much the coefficients of a precision differ from a curve's."""
     reads, scale = precision.reads, precision.scale
+    rounded = curve.integers(reads, scale, alone=precision.alone)
+    return tuple(
+        m * 2.0 ** (j * reads - scale) - c for j, (m, c) in enumerate(zip(rounded, curve.coefficients, strict=True))
+    )
+
+
+def _loss(curve: Curve, given: int, precision: Precision) -> float:
+    """Return a bound of a piece's error with the very coefficients of a precision, not with any that are rounded so."""
+    unit = 0.0 if precision.reads == given else 2.0**-precision.reads
+    return curve.steepest * unit + 2.0**-precision.fraction + _bound(_changed(curve, precision), curve.near)
+
+
+def _keeps(curve: Curve, precision: Precision) -> bool:
+    """True if rounded coefficients change a piece by a unit, and a small part of its value, at most: at points."""
     grid = torch.linspace(-curve.near, curve.near, 2 * _CELLS + 1, dtype=torch.float64)
-    exact = Piece(curve.coefficients)(grid)
-    rounded = [m * 2.0 ** (j * reads - scale) for j, m in enumerate(curve.integers(reads, scale, alone=True))]
-    changed = Piece(tuple(rounded))(grid) - exact
+    exact, changed = Piece(curve.coefficients)(grid), Piece(_changed(curve, precision))(grid)
     return bool((changed.abs() <= 2.0**-precision.fraction + _RELATIVE * exact.abs()).all())
 
 
