@@ -6,7 +6,7 @@ from functools import reduce
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.protocol import CLIENT, SERVER
@@ -19,6 +19,7 @@ def planes(seed: int, rows: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (rows, 3), np.uint8))
 
 
+@settings(deadline=None)  # it is compiled first
 @given(TERMS, st.integers(0, 2**32))
 def test_shares_of_products(found: list[frozenset[int]], seed: int) -> None:
     terms = tuple(found)
@@ -33,6 +34,7 @@ def test_shares_of_products(found: list[frozenset[int]], seed: int) -> None:
         assert (mine ^ theirs).equal(reduce(torch.bitwise_and, (x[v] for v in term)))
 
 
+@settings(deadline=None)
 @given(st.integers(1, digits.DIGIT_BITS), st.integers(0, 2**32), st.integers(1, 70))
 def test_intervals(width: int, seed: int, n: int) -> None:
     """Around zero too; of more elements than digits one row a digit is kept."""

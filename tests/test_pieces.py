@@ -358,6 +358,7 @@ def test_short_coefficients_spare_an_extension(piece: Piece, extensions: int) ->
             assert float((found - wanted).abs().max()) < 0.01 * float(wanted.abs().max())
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=3, max_size=5), st.integers(8, 16), st.integers(1, 7), st.integers(1, 12))
 def test_a_wider_ring_is_about_as_exact(found: list[float], fraction: int, reach: int, wider: int) -> None:
     """By the error that rounded coefficients and arguments really make, wherever the piece is to be precise."""

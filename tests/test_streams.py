@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.ahead import TOGETHER, StreamsAhead
@@ -40,6 +40,7 @@ def test_reads_of_any_sizes_are_the_bytes_of_counter_mode(sizes: list[int], inde
     assert b"".join(bytes(stream.read(size)) for size in sizes) == counting(named, index, sum(sizes))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(INDICES, st.integers(0, 100), max_size=6), st.lists(st.integers(0, 70), max_size=4))
 def test_streams_begun_together_are_those_of_counter_mode(begun: dict[int, int], sizes: list[int]) -> None:
     """Whatever was made at first, and whatever is read: its bytes or others, from memory of its own."""
@@ -58,6 +59,7 @@ def test_streams_begun_together_are_those_of_counter_mode(begun: dict[int, int],
         assert rest == counting(named, index, sum(sizes) + SHORT + 6)[-len(rest) :]
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from([None, True, False]), st.integers(0, 1))
 def test_instructions_have_their_streams_in_any_order(data: st.DataObject, offline: bool | None, party: int) -> None:
     """Made ahead or not, the streams of a circuit's instructions are those of the key."""
