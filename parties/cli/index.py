@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -57,8 +57,8 @@ def index(
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         hint = "--update brings it to these documents" if is_index(output) else "give a new directory"
         raise InvalidInput(f"{output} is there already", hint)
-    found = read_documents(documents)
-    first = next(found)  # a path without documents is noticed before the model is read
+    found = iter(read_documents(documents))
+    first = list(islice(found, 1))  # a path without documents is noticed before the model is read
     with stages("index") as told:
         told(0, 0, "loading the model")
         loaded = load_text_model(model)
@@ -68,7 +68,7 @@ def index(
         if overlap is None:
             overlap = min(OVERLAP, length // 4)
         made, change = build_index(
-            model, loaded, chain([first], found), length=length, overlap=overlap, before=before, told=told
+            model, loaded, chain(first, found), length=length, overlap=overlap, before=before, told=told
         )
         write_index(made, output)
     say(
