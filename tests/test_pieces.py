@@ -347,9 +347,7 @@ def test_short_coefficients_spare_an_extension(piece: Piece, extensions: int) ->
     opening = circuit[lift.inputs[0]].protocol
     assert isinstance(opening, tp.Open)
     assert (opening.ring, lift.protocol.drop) == (lift.protocol.ring, 0)
-    assert (
-        opening.ring <= 12 + 6
-    )  # no more than COARSEST fraction bits, of magnitudes up to 2^8 with sign and spare bit
+    assert opening.ring <= 18  # eight fraction bits at most, of magnitudes up to 2^8, with a sign and the spare bit
     with secure.insecure_in_process(compiled) as session:
         for sample in samples:
             with torch.no_grad():

@@ -29,7 +29,7 @@ OPENED = 16
 """The online bytes of an opened number, both ways; at most."""
 
 FEW = 256
-"""The most values of which powers may cost more: their largest tables take as long to deal as near parties' round."""
+"""The most values of which powers may cost more: their largest tables are worth a round, by the usual prices."""
 
 LARGEST_COLUMN = 16.0
 """The largest inverse root of a row that comes late: results lose four bits of precision at most."""
