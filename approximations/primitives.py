@@ -81,6 +81,13 @@ def top_indices(x: Value, count: int, tolerance: float) -> Value:
     return by_size(x, count).to(x.dtype) if isinstance(x, Tensor) else x.top_indices(count, tolerance)
 
 
+def top_of(x: Value, numbers: Value, count: int, tolerance: float) -> Value:
+    """Return the entries of ``numbers``, whole numbers in the shape of x, that stand where ``top_indices`` finds."""
+    if isinstance(x, Tensor):
+        return numbers.gather(-1, by_size(x, count))
+    return x.top_of(numbers, count, tolerance)
+
+
 def top_values(x: Value, count: int, tolerance: float) -> Value:
     """Return the entries of ``top_indices``; under the protocol each may be off by ``tolerance``."""
     return x.gather(-1, by_size(x, count)) if isinstance(x, Tensor) else x.top_values(count, tolerance)

@@ -332,6 +332,7 @@ VALUES: dict[str, str] = {
             "dimensions",
             "overlap",
             "top",
+            "clusters",
         ),
         "4",
     ),

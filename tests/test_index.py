@@ -189,7 +189,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "a file missing": (lambda d: next(d.glob("passages-*")).unlink(), "cannot be read"),
     "no manifest": (lambda d: (d / MANIFEST).unlink(), "holds no index"),
     "manifest cut short": (lambda d: (d / MANIFEST).write_text("{"), "is no manifest of an index"),
-    "another format": (lambda d: said(d, format=9), "has the format 9, this is 1"),
+    "another format": (lambda d: said(d, format=9), "has the format 9, this is 2"),
     "other segments": (lambda d: said(d, segments=[1, 1]), "passages and not the 2 of its manifest"),
     "huge segments": (lambda d: said(d, segments=[1 << 40]), "is no manifest of an index: segments.0"),
     "another width": (lambda d: said(d, width=33), "has no embeddings of the form"),

@@ -414,9 +414,21 @@ def neighbours(compilation: Compilation) -> Iterator[tuple[str, Compilation]]:
     (index / MANIFEST).write_text("{}")
     yield "index", replace(compilation, task="search", index=str(index))
     yield "top", replace(compilation, task="search", index=str(index), top=5)
+    yield "clusters", replace(compilation, task="search", index=str(index), clusters=2)
     assert {f.name for f in dataclasses.fields(Compilation)} == {
         *("model", "deployment", "lengths", "sentences", "options", "batches"),
-        *("dimensions", "accept", "task", "reveal", "capacity", "temperature", "draft_length", "index", "top"),
+        *(
+            "dimensions",
+            "accept",
+            "task",
+            "reveal",
+            "capacity",
+            "temperature",
+            "draft_length",
+            "index",
+            "top",
+            "clusters",
+        ),
     }  # another one needs a line here
 
 

@@ -70,6 +70,7 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "l2_normalize": lambda x, w, v, ids: F.normalize(x, dim=-1),
     "last_rows": lambda x, w, v, ids: last_rows_operation(x, 1),
     "largest": lambda x, w, v, ids: x.topk(2).values,
+    "largest_of": lambda x, w, v, ids: x.topk(4).indices.gather(-1, x.topk(2).indices),
     "largest_at": lambda x, w, v, ids: x.argmax(-1),
     "layer_norm": lambda x, w, v, ids: F.layer_norm(x, (4,), v, v),
     "linear": lambda x, w, v, ids: F.linear(x, w, v),
@@ -84,6 +85,8 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "power": lambda x, w, v, ids: power_operation(x, -0.5, 0.1, 4.0, 3, 2),
     "real": lambda x, w, v, ids: x.argmax(-1).float(),
     "relu": lambda x, w, v, ids: x.relu(),
+    "renumbered": lambda x, w, v, ids: x.argmax(-1) * 3 + torch.arange(3),
+    "rows_at": lambda x, w, v, ids: x.gather(-2, x[..., :3].argmax(-1)[:, :2, None].expand(2, 2, 4)),
     "reshape": lambda x, w, v, ids: x.flatten(1),
     "rms_norm": lambda x, w, v, ids: F.rms_norm(x, (4,), v, 1e-5),
     "rsqrt": lambda x, w, v, ids: torch.rsqrt(x),
@@ -146,6 +149,7 @@ COMPARISONS = {
     "maximum",
     "row_bound",
     "top_indices",
+    "top_of",
     "top_values",
     "inverse_power",
 }  # but for a "piecewise" of one piece, which is a polynomial
@@ -179,7 +183,9 @@ def check_says_whether_it_compares(name: str, function: Callable[..., Tensor]) -
     assert found == OPERATIONS[name].compares, f"{name!r} {'compares' if found else 'does not compare'}"
 
 
-@pytest.mark.parametrize("name", sorted({*ALONE} - {"real", "looked_up"}))  # which read what an arg-max compared
+@pytest.mark.parametrize(
+    "name", sorted({*ALONE} - {"real", "looked_up", "renumbered", "rows_at"})
+)  # which read what an arg-max compared
 def test_an_operation_says_whether_it_compares(name: str) -> None:
     check_says_whether_it_compares(name, ALONE[name])
 

@@ -227,6 +227,7 @@ def test_every_record_is_of_a_primitive() -> None:
         "perturbed",
         "real",
         "top_indices",
+        "top_of",
         "top_values",
         "units",
     }  # the packers', comparisons, tables, and what queries of text share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secure
-from approximations.primitives import by_size, top_indices, top_values
+from approximations.primitives import by_size, top_indices, top_of, top_values
 from protocols import two_party as tp
 from protocols.circuit import Instruction, check
 from protocols.protocol import CircuitCost
@@ -27,6 +28,13 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 40, 1000)
 
 def found(x: Tensor, count: int = 1, **options: Any) -> FunctionRun:
     return run_function(lambda s: top_indices(s, count, TOLERANCE), x, **options)
+
+
+def whole(numbers: Any) -> Any:
+    """An input as the whole numbers that a ranking finds: with no fraction bits."""
+    p = numbers.trace.primitives[numbers.id]
+    numbers.trace.primitives[numbers.id] = replace(p, attrs={**p.attrs, "integer": True})
+    return numbers
 
 
 def integers(shape: tuple[int, ...], reach: int, seed: int) -> Tensor:
@@ -67,6 +75,18 @@ def test_of_fifty_thousand(where: int) -> None:
 
 def test_of_fifty_thousand_equal_entries() -> None:
     assert int(found(torch.zeros(1, 50_000, dtype=torch.float64) - 7).result) == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_numbers_beside_the_largest(size: int, count: int) -> None:
+    """Each is the number at the position, also of equal entries, and numbers below zero."""
+    if count > size:
+        return
+    for reach in (1, 1000):
+        x, numbers = integers((3, size), reach, size), integers((3, size), 90_000, size + 1)
+        beside = run_function(lambda s, n: top_of(s, whole(n), count, TOLERANCE), x, numbers)
+        assert torch.equal(beside.result, numbers.gather(-1, by_size(x, count)))
 
 
 def test_all_entries_are_negative() -> None:
@@ -148,6 +168,24 @@ class Scored(nn.Module):
         return self.form(self.scores(x))
 
 
+def _rows_at(x: Tensor, places: Tensor) -> Tensor:
+    return x.gather(-2, places[..., None].expand(*places.shape, x.shape[-1]))
+
+
+def _beside(y: Tensor, count: int) -> Tensor:
+    """Positions of the smallest entries, beside the largest ones."""
+    numbers = (y * -1).topk(y.shape[-1]).indices * 3 + 7
+    return numbers.gather(-1, y.topk(count).indices)
+
+
+def _of_clusters(y: Tensor) -> Tensor:
+    """The best of three "clusters" of two, in the two whose first entry is largest: where they stand in the row."""
+    clusters = y[:, :6].reshape(4, 3, 2)
+    near = y[:, 1:6:2].topk(2).indices
+    numbers = (near.unsqueeze(-1) * 2 + torch.arange(2)).flatten(1)
+    return numbers.gather(-1, _rows_at(clusters, near).flatten(1).topk(3).indices)
+
+
 FORMS: dict[str, Callable[[Tensor], Any]] = {
     "argmax": lambda y: (y.argmax(-1),),
     "argmax of a middle axis": lambda y: (y[:, None].argmax(0, keepdim=True),),
@@ -156,6 +194,11 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
     "topk": lambda y: tuple(y.topk(3)),
     "smallest": lambda y: tuple(y.topk(2, 0, largest=False)),
     "joined": lambda y: (torch.stack([y.argmax(-1), y.argmin(-1)], -1), y),
+    "rows at places": lambda y: (_rows_at(torch.stack([y, y * 2 - 1, y.flip(0)], -2), y[:, :3].topk(2).indices),),
+    "numbers beside": lambda y: (_beside(y, 3),),
+    "the number beside the larger of two": lambda y: (_beside(y[:, 3:5], 1),),
+    "renumbered": lambda y: (y.topk(3).indices.unsqueeze(-1) * 50 + torch.arange(-3, 3),),
+    "of clusters": lambda y: (_of_clusters(y),),
     "computed with": lambda y: (y.argmax(-1).float() * 0.5 + y[:, 0],),
 }
 SAMPLES = [{"x": torch.randn((4, 8), generator=torch.Generator().manual_seed(s))} for s in range(6)]

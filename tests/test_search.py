@@ -41,6 +41,7 @@ from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import task_of
 from secure.deployments.self_test import self_test
 from secure.errors import InputTooLong, InvalidInput
+from secure.models import clusters as clusters_module
 from secure.models import index as index_module
 from secure.models.index import Index, build_index, read_index, write_index
 from secure.models.passages import Passage, TextDocument
@@ -141,6 +142,77 @@ def test_the_best_passages_are_found(deployment: Any, made: Made, model: str, in
                 assert (each["start"], each["end"], each["text"]) == (passage.start, passage.end, passage.text)
 
 
+@pytest.fixture(scope="module")
+def in_fours(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index whose clusters have four passages at most, so that there are several; some are filled up."""
+    where = tmp_path_factory.mktemp("clusters") / "index"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "SEGMENT", 10)
+        patch.setattr(clusters_module, "CLUSTER", 4)
+        made, _ = build_index(model, load_text_model(model), documents(), length=LENGTH, overlap=1)
+    write_index(made, where)
+    return where
+
+
+@pytest.fixture
+def small_clusters(in_fours: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(clusters_module, "CLUSTER", 4)
+    return in_fours
+
+
+def looked_into(model: str, index: Index, question: str, clusters: int) -> set[tuple[str, int]]:
+    """The passages of the clusters whose means, of length 1, are nearest to a question in the clear."""
+    text = load_text_model(model)
+    ids = torch.tensor([text.tokenizer.tokenizer.encode(text.prompts.texts["query"] + question).ids])
+    vector = F.normalize(text.module(ids, torch.ones_like(ids)), dim=-1)[0]
+    sizes = [size for segment in index.segments for size in clusters_module.cluster_sizes(segment)]
+    means = [F.normalize(rows.mean(0), dim=0) for rows in index.embeddings.split(sizes)]
+    inside = torch.arange(len(index.passages)).split(sizes)
+    near = (torch.stack(means) @ vector).topk(clusters).indices
+    return {(index.passages[i].id, index.passages[i].number) for at in near.tolist() for i in inside[at].tolist()}
+
+
+@pytest.mark.parametrize("deployment", [secure.TwoParty(), secure.ThreeParty(), secure.ThreeParty(public_weights=True)])
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_the_best_of_the_nearest_clusters_are_found(
+    deployment: Any, clusters: int, model: str, small_clusters: Path
+) -> None:
+    options: dict[str, Any] = {"index": str(small_clusters), "top": 3, "reveal": "passages-scores"}
+    compiled = secure.compile_text_model(model, LENGTH, deployment=deployment, clusters=clusters, **options)
+    index = read_index(small_clusters)
+    with secure.insecure_in_process(compiled) as session:
+        assert session.served.settings.clusters[0] == clusters
+        for question, found in zip(QUESTIONS, session.search(QUESTIONS), strict=True):
+            inside = looked_into(model, index, question, clusters)
+            scores = {place: score for place, score in plain_scores(model, index, question).items() if place in inside}
+            best = sorted(scores.values(), reverse=True)[:3]
+            assert [scores[each] for each in names(found)] == pytest.approx(best, abs=2e-3)
+            assert [each["score"] for each in found] == pytest.approx(best, abs=2e-3)
+
+
+def test_zeros_that_fill_up_a_cluster_are_no_passages(model: str, small_clusters: Path) -> None:
+    """Where all scores are below zero the zeros are found first, and left out of the answer."""
+    index = read_index(small_clusters)
+    text = load_text_model(model)
+    searcher = Searcher(text.module, index, top=4, texts=False, scores=False, clusters=1).eval()  # type: ignore[arg-type]
+    assert {len(rows) % searcher.size for rows in searcher.rows.values()} == {0}
+    filled = sum(int((rows == 0).all(-1).sum()) for rows in searcher.rows.values())
+    assert filled == sum(len(rows) for rows in searcher.rows.values()) - len(index.passages) > 0
+    for rows in searcher.rows.values():
+        rows.data.neg_()
+    for means in searcher.means.values():
+        means.data.neg_()
+    ids, mask = torch.tensor([[4, 5, 6, 2]]), torch.ones(1, 4, dtype=torch.int64)
+    (records,) = searcher(ids, mask)
+    read = [read_record(each) for each in records]
+    assert {each["id"] for each in read if each is not None} <= {each.id for each in index.passages}
+
+
+def test_clusters_are_told(model: str, small_clusters: Path) -> None:
+    loaded = task_of(model, index=str(small_clusters), top=3, clusters=2).load(model, LENGTH)
+    assert "2 of 7 clusters are looked into: passages in others are not found" in loaded.about
+
+
 def test_parties_that_are_services(made: Made, model: str, index: Path, tmp_path: Path) -> None:
     """Three of them over gRPC, with weights that are shared: none of them has the passages, nor what was found."""
     share_model(made("passages", secure.ThreeParty()), tmp_path / "shares")
@@ -224,6 +296,10 @@ def test_a_server_without_an_index(model: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "more clusters than there are": (
+        {"clusters": 3},
+        "--clusters 3: the index has 3 clusters of 10 passages at most\nhint: 2 at most, or leave it out",
+    ),
     "more than there are": ({"top": 25}, "the 25 best passages: the index has 24 passages\nhint: --top 24 at most"),
     "another task": ({"task": "embed"}, "an index is for the task search"),
     "a form of another task": (

@@ -177,7 +177,17 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "take": lambda c, p, w, x: taken(c, x, p.attrs),
     **{
         name: absent(name)
-        for name in ("keep", "mul_public", "patches", "perturbed", "real", "top_indices", "top_values", "units")
+        for name in (
+            "keep",
+            "mul_public",
+            "patches",
+            "perturbed",
+            "real",
+            "top_indices",
+            "top_of",
+            "top_values",
+            "units",
+        )
     },
 }
 

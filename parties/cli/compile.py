@@ -18,6 +18,7 @@ from parties.cli.options import (
     CalibrationOption,
     CapacityOption,
     CheckedOption,
+    ClustersOption,
     DimensionsOption,
     DraftLengthOption,
     EmbeddingOption,
@@ -66,6 +67,7 @@ def compile_model(
     reveal: RevealOption = None,
     index: IndexOption = None,
     top: TopOption = None,
+    clusters: ClustersOption = None,
     accept_cosine: AcceptCosineOption = None,
     accept_error: AcceptErrorOption = None,
     threads: ThreadsOption = 0,
@@ -101,7 +103,7 @@ def compile_model(
             temperature=temperature,
             draft_length=draft_length or 0,
             accept=Accept(accept_cosine, accept_error),
-            **chosen(task, reveal, index, top),
+            **chosen(task, reveal, index, top, clusters),
         )
         compiled = compilation.run(told)
         told(0, 0, "writing files")

@@ -28,7 +28,8 @@ from secure.tasks.embed import Embed
 CONFIG = "config.json"  # of a model's directory
 FIXED = (
     *("length", "capacity", TEMPERATURE, DRAFT_LENGTH, "batch", "dimensions", "embedding", "gelu", "approximations"),
-    *("fraction_bits", "network", "answer_bits", "checked", "calibration", "task", "reveal", "index", "top"),
+    *("fraction_bits", "network", "answer_bits", "checked", "calibration"),
+    *("task", "reveal", "index", "top", "clusters"),
 )
 """Options of the command line that are fixed when a model is compiled."""
 
@@ -174,6 +175,8 @@ def _known(compiled: Compiled, name: str) -> Any:
         return task or Embed.name if name == "task" else settings.reveal if task else None
     if name == "top":
         return settings_of(compiled.program.labels)[1].top or None
+    if name == "clusters":
+        return next(iter(settings_of(compiled.program.labels)[1].clusters), None)
     if name in ("length", "batch"):
         least = {"batch": 1}.get(name, 0)
         steps = {1, _known(compiled, DRAFT_LENGTH)} if name == "length" else set[int]()  # of a model that writes text

@@ -144,7 +144,7 @@ def _for_serve(given: Mapping[str, Any]) -> Needs:
 
     def held(each: str) -> str:
         if not is_compiled(each):
-            task = task_of(each, **chosen(given["task"], given["reveal"], index, given["top"]))
+            task = task_of(each, **chosen(given["task"], given["reveal"], index, given["top"], given["clusters"]))
             where = f"{model_directory(each)}, " if task.stored else ""
             if index is not None:
                 where += f"with the index {index} of {sum(check_index(index, each).segments):,} passages, "

@@ -176,6 +176,16 @@ TopOption = Annotated[
         "--top", min=1, max=MOST_TOP, help=f"Passages of --index that an answer finds; public. {TOP} by default."
     ),
 ]
+ClustersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--clusters",
+        min=1,
+        max=MOST_TOP,
+        help="Clusters of --index that a query looks into, those nearest to the question; public. What lies elsewhere "
+        "is not found. All passages are looked at by default.",
+    ),
+]
 AcceptCosineOption = Annotated[
     float | None,
     typer.Option(
@@ -421,9 +431,16 @@ DEFAULTS: Mapping[str, Any] = {
 """The values of options about compiling that were not given."""
 
 
-def chosen(task: str | None, reveal: str | None, index: Path | None = None, top: int | None = None) -> dict[str, Any]:
+def chosen(
+    task: str | None,
+    reveal: str | None,
+    index: Path | None = None,
+    top: int | None = None,
+    clusters: int | None = None,
+) -> dict[str, Any]:
     """Read the options about a model's task, as ``Compilation`` and ``task_of`` take them."""
-    return {"task": str(task or ""), "reveal": str(reveal or ""), "index": str(index or ""), "top": top or 0}
+    named = {"task": str(task or ""), "reveal": str(reveal or ""), "index": str(index or "")}
+    return {**named, "top": top or 0, "clusters": clusters or 0}
 
 
 def along_with_ray(ray: str | None, workers: int | None, *, insecure: bool) -> None:

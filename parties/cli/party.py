@@ -21,6 +21,7 @@ from parties.cli.options import (
     CalibrationOption,
     CapacityOption,
     CheckedOption,
+    ClustersOption,
     DeadlineOption,
     DimensionsOption,
     DraftLengthOption,
@@ -91,6 +92,7 @@ def share_model(
     reveal: RevealOption = None,
     index: IndexOption = None,
     top: TopOption = None,
+    clusters: ClustersOption = None,
     accept_cosine: AcceptCosineOption = None,
     accept_error: AcceptErrorOption = None,
     threads: ThreadsOption = 0,
@@ -121,7 +123,7 @@ def share_model(
         temperature=temperature,
         draft_length=draft_length or 0,
         accept=Accept(accept_cosine, accept_error),
-        **chosen(task, reveal, index, top),
+        **chosen(task, reveal, index, top, clusters),
     )
     compiled = made("share-model", compilation, keep=False)
     with stages("share-model") as told:

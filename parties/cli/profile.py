@@ -17,6 +17,7 @@ from parties.cli.options import (
     ApproximationsOption,
     CapacityOption,
     CheckedOption,
+    ClustersOption,
     DraftLengthOption,
     EmbeddingOption,
     FractionBitsOption,
@@ -72,6 +73,7 @@ def profile(
     reveal: RevealOption = None,
     index: IndexOption = None,
     top: TopOption = None,
+    clusters: ClustersOption = None,
     network: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,7 +125,7 @@ def profile(
     wanted = ProfileOptions(networks, depth, measuring)
     with stages("profile") as told:
         given = {"capacity": capacity, "temperature": temperature, "draft_length": draft_length}
-        served = chosen(task, reveal, index, top)
+        served = chosen(task, reveal, index, top, clusters)
         found = profiled(deployment, model, length, options, polynomial, wanted, told, given, served)
     if written == "table":
         for table in profile_tables(found):

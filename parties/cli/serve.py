@@ -27,6 +27,7 @@ from parties.cli.options import (
     CalibrationOption,
     CapacityOption,
     CheckedOption,
+    ClustersOption,
     DeadlineOption,
     DimensionsOption,
     DraftLengthOption,
@@ -127,6 +128,7 @@ def serve(
     reveal: RevealOption = None,
     index: IndexOption = None,
     top: TopOption = None,
+    clusters: ClustersOption = None,
     accept_cosine: AcceptCosineOption = None,
     accept_error: AcceptErrorOption = None,
     keep: KeepOption = True,
@@ -225,7 +227,7 @@ def serve(
     if twice := next((each for each in models if models.count(each) > 1), None):
         raise InvalidInput(f"the model {twice} is given twice", "give --length and --batch several times instead")
     for each in models:
-        if each not in kept and task_of(each, **chosen(task, reveal, index, top)).stored:
+        if each not in kept and task_of(each, **chosen(task, reveal, index, top, clusters)).stored:
             model_directory(each)  # a mistake that can be seen before anything is loaded
             if index is not None:
                 check_index(index, each)
@@ -261,7 +263,7 @@ def serve(
                 temperature=temperature,
                 draft_length=draft_length or 0,
                 accept=Accept(accept_cosine, accept_error),
-                **chosen(task, reveal, index, top),
+                **chosen(task, reveal, index, top, clusters),
             )
             held.append(made("serve", compilation, keep=keep))
     if workers is not None and together:

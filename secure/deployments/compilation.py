@@ -51,7 +51,7 @@ class Compilation:
     original's, see ``self_test``. task, reveal: see ``task_of``. capacity: of a model that writes text, the most tokens
     of the padded prompt and what is written; 0 for the default.
     temperature: of such a model, the greatest that clients may choose; None for the most likely tokens alone.
-    draft_length: of such a model, the tokens of a pass; 0 for none. index, top: see ``task_of``.
+    draft_length: of such a model, the tokens of a pass; 0 for none. index, top, clusters: see ``task_of``.
     """
 
     model: str
@@ -69,11 +69,12 @@ class Compilation:
     draft_length: int = 0
     index: str = ""
     top: int = 0
+    clusters: int = 0
 
     @property
     def loader(self) -> Loader:
         """The task that loads the model."""
-        found = {"dimensions": self.dimensions, "index": self.index, "top": self.top}
+        found = {"dimensions": self.dimensions, "index": self.index, "top": self.top, "clusters": self.clusters}
         return task_of(self.model, self.task, self.reveal, **found)  # type: ignore[arg-type]
 
     def run(self, told: Told = silent) -> Compiled:
@@ -153,6 +154,7 @@ class Compilation:
             "draft_length": self.draft_length,
             "index": _file_digest(Path(self.index) / MANIFEST) if self.index else "",
             "top": self.top,
+            "clusters": self.clusters,
         }
 
     @property

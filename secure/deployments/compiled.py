@@ -157,6 +157,7 @@ def compile_text_model(
     reveal: str = "",
     index: str = "",
     top: int = 0,
+    clusters: int = 0,
 ) -> Compiled:
     """Load a text model with its tokenizer, and compile it for texts of up to ``length`` tokens; or one of images.
 
@@ -164,7 +165,8 @@ def compile_text_model(
     model: a directory as sentence-transformers or transformers saves it, or "all-MiniLM-L6-v2" from its package. task:
     "embed", "classify", "tag", "answer" or "rerank"; by default what the class of the model says. reveal: what clients
     get of a model with a head, see ``secure.models.heads``; the least by default. index: the directory of an index of
-    documents, which makes a search of the model; top: the passages that it finds, 10 by default.
+    documents, which makes a search of the model; top: the passages that it finds, 10 by default; clusters: how many of
+    the index a query looks into, all by default.
     calibration: sentences of your own that widen the ranges. batch: the texts of one query, which take the rounds of
     one; a session fills up what a list leaves empty. Of several lengths and batches, every pair is compiled: one server
     offers them all, and a text takes the shortest that holds it. Other arguments and exceptions are those of
@@ -176,7 +178,7 @@ def compile_text_model(
     deployment.check(options, tokens=True)  # before the model is loaded
     lengths, batches = () if length is None else _several(length), _several(batch)
     check_sizes(deployment, lengths, batches)
-    loader = task_of(model, task, reveal, index=index, top=top)
+    loader = task_of(model, task, reveal, index=index, top=top, clusters=clusters)
     if loader.name == GENERATE:
         raise InvalidInput(f"{model} generates text", "secure.compile_generator compiles it; task='embed' embeds by it")
     found = loader.load(model, max(lengths, default=0), calibration)
@@ -286,20 +288,28 @@ def _require(deployment: object) -> None:
 
 
 def task_of(
-    model: str, task: str = "", reveal: str = "", *, dimensions: int = 0, index: str = "", top: int = 0
+    model: str,
+    task: str = "",
+    reveal: str = "",
+    *,
+    dimensions: int = 0,
+    index: str = "",
+    top: int = 0,
+    clusters: int = 0,
 ) -> Loader:
     """Return what loads a model of this name or directory.
 
     task: its name; "" stands for what the model itself says, and with an index for a search. reveal: what it shall
     reveal, of a model with a head and of a search; "" stands for the task's default. dimensions: see ``Embed``. index,
-    top: the directory of an index, and how many passages are found in it; see ``Search``. Raises InvalidInput for a
+    top, clusters: the directory of an index, how many passages are found in it, and how many clusters of it are looked
+    into; see ``Search``. Raises InvalidInput for a
     task that there is not, and for what means nothing to it.
     """
     if index:
         if task not in ("", SEARCH) or dimensions:
             raise InvalidInput("an index is for the task search, of whole embeddings", "leave --task, --dimensions out")
-        return Search(index=index, found=top, reveal=reveal)
-    if task == SEARCH or top:
+        return Search(index=index, found=top, reveal=reveal, clusters=clusters)
+    if task == SEARCH or top or clusters:
         raise InvalidInput("a search without an index", "--index DIRECTORY, which unseen index makes")
     plain: tuple[Loader, ...] = (Digits(), Embed(dimensions=dimensions))
     heads: dict[str, Callable[..., Loader]] = {kind.name: kind for kind in (Classify, Tag, Answering, Rerank, Generate)}

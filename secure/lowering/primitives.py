@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approximations.powers import power, power_error
-from approximations.primitives import exp_below, inverse_power, perturbed, piecewise, top_indices, top_values
+from approximations.primitives import exp_below, inverse_power, perturbed, piecewise, top_indices, top_of, top_values
 from protocols.two_party.noise import HIGHEST, LOWEST
 from protocols.windows import Window, take
 from secure.errors import UnsupportedOperation
@@ -99,6 +99,10 @@ def _of_input(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
 
 def _kept(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
     return x[0].low, x[0].high
+
+
+def _of_second(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    return x[1].low, x[1].high
 
 
 def _of_all(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
@@ -213,6 +217,7 @@ PRIMITIVES: dict[str, Meaning] = {
             lambda p, x, reach: (0.0, float(x[0].shape[-1])),
             promised=lambda p: (0.0, float(p.attrs["among"])),
         ),
+        Meaning("top_of", lambda p, w, x: top_of(x[0], x[1], p.shape[-1], 0.0), _of_second),
         Meaning(
             "perturbed",
             lambda p, w, x: perturbed(x[0], p.attrs["temperature"], *x[1:]),

@@ -238,6 +238,11 @@ class Symbol:
         shape = (*self.shape[:-1], count)
         return self.trace.record("top_indices", (self,), shape, tolerance=tolerance, among=self.shape[-1], integer=True)
 
+    def top_of(self, numbers: Symbol, count: int, tolerance: float) -> Symbol:
+        """Take the whole numbers that stand where the ``count`` largest of the last dimension do."""
+        shape = (*self.shape[:-1], count)
+        return self.trace.record("top_of", (self, numbers), shape, tolerance=tolerance, integer=True)
+
     def top_values(self, count: int, tolerance: float) -> Symbol:
         """Take the ``count`` largest of the last dimension."""
         return self.trace.record("top_values", (self,), (*self.shape[:-1], count), tolerance=tolerance)

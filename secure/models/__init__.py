@@ -23,6 +23,7 @@ pairs               texts and pairs of texts, with the place of every token
 heads               models with a head: classifiers, taggers, answerers, rerankers
 images              images to a model's inputs, and image classifiers
 passages            documents from files, and their passages
+clusters            rows of an index in clusters of neighbours, as large as each other
 index               an index of passages and their embeddings, as files
 searcher            the model of a private search: scores, the best, and their records
 settings            what clients must know of a model with a head

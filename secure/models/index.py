@@ -12,7 +12,8 @@ Nothing in it runs: no pickle, no code. All of it is as secret as the documents.
 manifest is replaced last, so that an update that is interrupted leaves the index as it was.
 
 Rows stand in *segments* of up to SEGMENT. An update removes rows where they stand, and adds new ones behind. So the
-segments without a change keep their rows, and clients keep what they have of these.
+segments without a change keep their rows, and clients keep what they have of these. The rows of a segment stand in
+clusters (``secure.models.clusters``), so that a search need not look at all of them.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ from torch import Tensor
 
 from secure.capture.documents import read_document, read_tensors, what_is_wrong
 from secure.errors import InvalidInput, InvalidProgram
+from secure.models.clusters import cluster_sizes, clustered
 from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage, TextDocument, checked_name, passages_of
 from secure.models.prompts import Prompts
 from secure.models.text import TextModel, model_directory, model_files
 from secure.models.tokens import TextTokenizer, read_json
 from secure.progress import Told, silent
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "index.json"
 SEGMENT = 4096
 """The most rows of a segment."""
@@ -247,10 +249,13 @@ def build_index(
         whole = torch.cat([before.embeddings[rows], vectors.reshape(-1, before.embeddings.shape[1])])
     key = secrets.token_hex(32) if before is None else before.key
     digest = model_digest(model)
+    same = _unchanged(before, kept, sizes)
+    order = _in_clusters(whole, sizes, same).tolist()
+    passages, sources, whole = [passages[i] for i in order], [sources[i] for i in order], whole[order]
     made = Index(loaded.name, digest, key, length, overlap, prompt, similarity, passages, sources, sizes, whole)
     changed = sum(name in old and old[name] != digest for name, digest in seen.items())
     added = sum(name not in old for name in seen)
-    return made, Change(added, changed, len(old.keys() - seen.keys()), len(fresh), _unchanged(before, kept, sizes))
+    return made, Change(added, changed, len(old.keys() - seen.keys()), len(fresh), sum(same))
 
 
 def _kept(before: Index | None, stay: set[str]) -> list[list[int]]:
@@ -279,13 +284,29 @@ def _filled(sizes: Sequence[int], more: int) -> list[int]:
     return [*found, *[SEGMENT] * (more // SEGMENT), *([more % SEGMENT] if more % SEGMENT else [])]
 
 
-def _unchanged(before: Index | None, kept: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
-    """Count the segments that have the rows of one before, and no others. sizes: those after the new rows."""
+def _unchanged(before: Index | None, kept: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[bool]:
+    """Return which segments have the rows of one before, and no others. sizes: those after the new rows."""
     if before is None:
-        return 0
+        return [False] * len(sizes)
     ends = itertools.accumulate(before.segments)
     old = {tuple(range(end - size, end)) for end, size in zip(ends, before.segments, strict=True)}
-    return sum(len(rows) == size and tuple(rows) in old for rows, size in zip(kept, sizes, strict=False))
+    found = [len(rows) == size and tuple(rows) in old for rows, size in zip(kept, sizes, strict=False)]
+    return [*found, *[False] * (len(sizes) - len(found))]
+
+
+def _in_clusters(vectors: Tensor, sizes: Sequence[int], unchanged: Sequence[bool]) -> Tensor:
+    """Return the order of rows, (rows,), in which every segment but the unchanged ones stands in clusters.
+
+    Neighbouring segments that change exchange rows, as their clusters are made together.
+    """
+    order, start = list[Tensor](), 0
+    for same, run in itertools.groupby(zip(sizes, unchanged, strict=True), key=lambda each: each[1]):
+        inside = [size for size, _ in run]
+        rows = torch.arange(start, start + sum(inside))
+        clusters = [size for each in inside for size in cluster_sizes(each)]
+        order.append(rows if same else rows[clustered(vectors[rows], clusters)])
+        start += sum(inside)
+    return torch.cat(order)
 
 
 def embed_passages(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.errors import InvalidInput, printable
+from secure.models.clusters import cluster_sizes
 from secure.models.index import COSINE, MOST_PASSAGES, Index
 from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage
 from secure.models.sentence_encoder import SentenceEncoder
@@ -37,30 +38,93 @@ class Searcher(nn.Module):
     The result is (batch, top, width / 2) numbers of records; with ``scores`` {"records": that, "scores": (batch, top)}.
     Scores that are closer than some units of 2^-16 come in any order, as each is rounded by itself. Each segment of the
     index is a weight of its own, and so is the part of the table of records that belongs to it.
+
+    clusters: the clusters of the index that are looked into, those whose means have the best scores; 0 for all rows.
+    Which ones they are stays as secret as what is found. Clusters then have equally many rows: zeros fill them up, with
+    records that ``read_record`` takes for none.
     """
 
-    def __init__(self, encoder: SentenceEncoder, index: Index, *, top: int, texts: bool, scores: bool) -> None:
+    def __init__(
+        self, encoder: SentenceEncoder, index: Index, *, top: int, texts: bool, scores: bool, clusters: int = 0
+    ) -> None:
         super().__init__()
-        self.encoder, self.top, self.with_scores = encoder, top, scores
+        self.encoder, self.top, self.with_scores, self.looked_into = encoder, top, scores, clusters
         self.normalize = index.similarity == COSINE and not encoder.normalized
         table, sizes = records_of(index.passages, texts=texts), list(index.segments)
         parts = list(zip(index.embeddings.split(sizes), table.split(sizes), strict=True))
+        means, self.size = list[Tensor](), 1
+        if clusters:
+            inside = [cluster_sizes(size) for size in sizes]
+            unit = index.similarity == COSINE
+            means = [_means(rows, each, unit=unit) for (rows, _), each in zip(parts, inside, strict=True)]
+            self.size = max(max(each) for each in inside)
+            parts = [
+                (_filled(rows, each, self.size), _filled(records, each, self.size))
+                for (rows, records), each in zip(parts, inside, strict=True)
+            ]
         names = [f"apart_{_tag(index, *part)}" for part in parts]
         self.rows = nn.ParameterDict({name: _fixed(rows) for name, (rows, _) in zip(names, parts, strict=True)})
         self.records = nn.ParameterDict(
             {name: _fixed(records) for name, (_, records) in zip(names, parts, strict=True)}
         )
+        self.means = nn.ParameterDict({name: _fixed(mean) for name, mean in zip(names, means, strict=False)})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        best = self.scored(input_ids, attention_mask).topk(self.top)
-        records = F.embedding(best.indices, torch.cat(list(self.records.values())))
+        question = self._question(input_ids, attention_mask)
+        scores = _scores(question, self.rows)
+        if self.looked_into:
+            scores, numbers = self._inside(scores, _scores(question, self.means).topk(self.looked_into).indices)
+            best = scores.topk(self.top)
+            at = numbers.gather(-1, best.indices)
+        else:
+            best = scores.topk(self.top)
+            at = best.indices
+        records = F.embedding(at, torch.cat(list(self.records.values())))
         return {"records": records, "scores": best.values} if self.with_scores else records
 
-    def scored(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the score of every row of the index, (batch, rows)."""
-        x = self.encoder(input_ids, attention_mask)
-        x = F.normalize(x, dim=-1) if self.normalize else x
-        return torch.cat([F.linear(x, rows) for rows in self.rows.values()], -1)
+    def _question(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x: Tensor = self.encoder(input_ids, attention_mask)
+        return F.normalize(x, dim=-1) if self.normalize else x
+
+    def _inside(self, scores: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores of the rows of clusters, and the numbers of these rows: both (batch, clusters * size)."""
+        whole = scores.reshape(scores.shape[0], -1, self.size)
+        inside = whole.gather(-2, near.unsqueeze(-1).expand(-1, -1, self.size))
+        numbers = near.unsqueeze(-1) * self.size + torch.arange(self.size)
+        return inside.flatten(1), numbers.flatten(1)
+
+    def scored(self, input_ids: Tensor, attention_mask: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the scores of rows in clusters that are looked into for sure, and of those in clusters that may be.
+
+        slack: by how much the difference of two clusters' scores may be wrong. Both are (batch, rows), and
+        -inf for the other rows.
+        """
+        question = self._question(input_ids, attention_mask)
+        scores = _scores(question, self.rows)
+        if not self.looked_into:
+            return scores, scores
+        means = _scores(question, self.means)
+        ordered = means.sort(descending=True).values
+        last, next_one = (ordered[:, at : at + 1] for at in (self.looked_into - 1, self.looked_into))
+        surely = (means > next_one + slack) if slack else means >= last
+        chosen = (each.repeat_interleave(self.size, -1) for each in (surely, means >= last - slack))
+        least, most = (torch.where(each, scores, -torch.inf) for each in chosen)
+        return least, most
+
+
+def _scores(question: Tensor, rows: nn.ParameterDict) -> Tensor:
+    return torch.cat([F.linear(question, each) for each in rows.values()], -1)
+
+
+def _means(rows: Tensor, sizes: Sequence[int], *, unit: bool) -> Tensor:
+    """Return the mean of each cluster, (clusters, width); unit: of length 1."""
+    means = torch.stack([cluster.mean(0) for cluster in rows.split(list(sizes))])
+    return F.normalize(means, dim=-1) if unit else means
+
+
+def _filled(rows: Tensor, sizes: Sequence[int], size: int) -> Tensor:
+    """Return (clusters * size, width): the rows of each cluster, and zeros up to ``size`` of them."""
+    return torch.cat([F.pad(cluster, (0, 0, 0, size - len(cluster))) for cluster in rows.split(list(sizes))])
 
 
 def _fixed(values: Tensor) -> nn.Parameter:
@@ -86,11 +150,13 @@ def records_of(passages: Sequence[Passage], *, texts: bool) -> Tensor:
     return torch.from_numpy((whole.astype(np.float32) - _MIDDLE) / _SCALE)
 
 
-def read_record(numbers: Tensor) -> dict[str, Any]:
-    """Read a record, (width / 2) numbers: {"id", "passage", "start", "end"}, and "text" if it has one.
+def read_record(numbers: Tensor) -> dict[str, Any] | None:
+    """Read a record, (width / 2) numbers: {"id", "passage", "start", "end"}, and "text" if it has one; zeros are none.
 
     It comes from a server's Program. Raises InvalidInput for anything else than a record.
     """
+    if not bool(numbers.any()):
+        return None
     found = (numbers.to(torch.float64) * _SCALE).round() + _MIDDLE
     if not bool(((found >= 0) & (found < 2 * _MIDDLE)).all()):
         raise no_record()

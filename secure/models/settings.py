@@ -43,6 +43,7 @@ CHANNELS = 4
 MAXIMUM_ENDS = 64  # tokens that end a text; Llama 3 has three
 MAXIMUM_TEMPLATE = 1 << 16  # characters of a chat template; those of models with tools have some ten thousand
 MAXIMUM_TOP = 1 << 12  # passages that a search finds
+MAXIMUM_CLUSTERS = 1 << 20
 MAXIMUM_MARK = 512  # characters of the token that begins or ends a text
 
 
@@ -100,6 +101,7 @@ class ImageSettings:
             raise InvalidInput("mean and deviation are not those of the channels, or a deviation is zero")
 
 
+Clusters = Annotated[int, Field(strict=True, ge=1, le=MAXIMUM_CLUSTERS)]
 Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 30)]
 Mark = Annotated[str, Field(strict=True, max_length=MAXIMUM_MARK)]
 
@@ -125,7 +127,8 @@ class TaskSettings:
     """The settings of a task. reveal: one of REVEALS, what the Program gives the client. labels: names of the classes.
 
     activation: makes scores of logits. segments: the model takes token_type_ids. image: how images become inputs; None
-    for text. writing: of a model that writes text. top: of a search, the passages that are found; else 0.
+    for text. writing: of a model that writes text. top: of a search, the passages that are found; else 0. clusters: of
+    a search that does not look at all passages, how many clusters of them it looks into, and how many there are.
     """
 
     reveal: Annotated[str, _known(*REVEALS)] = LOGITS
@@ -135,6 +138,12 @@ class TaskSettings:
     image: ImageSettings | None = None
     writing: WritingSettings | None = None
     top: Annotated[int, Field(strict=True, ge=0, le=MAXIMUM_TOP)] = 0
+    clusters: Annotated[tuple[Clusters, ...], FailFast(), Field(max_length=2)] = ()
+
+    def __post_init__(self) -> None:
+        """Raise InvalidInput for clusters that are not some of more."""
+        if self.clusters and not (len(self.clusters) == 2 and self.clusters[0] < self.clusters[1]):
+            raise InvalidInput("the clusters are not some of more")
 
     @property
     def encoded(self) -> str:

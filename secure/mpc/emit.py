@@ -100,6 +100,7 @@ RULES: dict[str, Emission] = {
     "power": Emission(powers.needs, emit=powers.emit),
     "maximum": Emission(nonlinear.maximum_needs, emit=nonlinear.emit_maximum),
     "top_indices": Emission(ranking.needs, emit=ranking.emit_indices),
+    "top_of": Emission(ranking.numbered_needs, emit=ranking.emit_numbers),
     "perturbed": Emission(noise.needs, noise.reach, keeps_scale=True, emit=noise.emit),
     "units": Emission(lookup.needs, lookup.reach, emit=lookup.emit),
     "real": Emission(arithmetic.local_needs, arithmetic.local_reach, emit=arithmetic.emit_same),

@@ -5,6 +5,8 @@ A level cuts every row into groups, ranks the entries of each group by all compa
 take more comparisons and longer unit vectors, and spare levels. The sizes are those of the least price. Two entries
 alone need no ranks to be opened.
 
+Where every entry has a whole number beside it, the numbers of the largest are found as positions are.
+
 Groups are neighbours, and what a level keeps stands in their order. So of equal entries the first one comes first.
 """
 
@@ -62,23 +64,43 @@ def needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     return (Need(ring, ring),)
 
 
+def numbered_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
+    ring = _number_bits(plan, i)
+    return (*needs(plan, i, p), Need(ring, ring))
+
+
+def _number_bits(plan: Plan, i: int) -> int:
+    """Return the ring of whole numbers that are chosen, which is that of the result as its readers need it."""
+    return max(plan.own(i), plan.base[i])
+
+
 def emit_indices(e: Emitter, i: int, p: Primitive) -> Share:
     """Emit the positions of the largest entries, in the ring that readers need."""
-    bits = max(e.plan.own(i), e.plan.base[i])
+    bits = _number_bits(e.plan, i)
     return Share(_emit(e, p, bits, positions=True), bits, 0)
+
+
+def emit_numbers(e: Emitter, i: int, p: Primitive) -> Share:
+    """Emit the whole numbers beside the largest entries, which take the place of positions in every level."""
+    bits = _number_bits(e.plan, i)
+    numbers = e.get(p.inputs[1], bits)
+    return Share(_emit(e, p, bits, positions=True, numbers=numbers.index), bits, 0)
 
 
 def emit_values(e: Emitter, i: int, p: Primitive) -> Share:
     """Emit the largest entries themselves."""
-    (x,) = p.inputs
+    x = p.inputs[0]
     dropped = _dropped(e.plan, x, p.attrs["tolerance"])
     bits = e.trace.primitives[x].shape[-1].bit_length() + 2
     return Share(_emit(e, p, bits, positions=False), e.plan.own(x) + 1 - dropped, e.plan.fraction[x] - dropped)
 
 
-def _emit(e: Emitter, p: Primitive, bits: int, *, positions: bool) -> int:
-    """Emit all levels; return the positions of the largest entries, or the entries, in the shape of the result."""
-    (x,) = p.inputs
+def _emit(e: Emitter, p: Primitive, bits: int, *, positions: bool, numbers: int | None = None) -> int:
+    """Emit all levels; return the positions of the largest entries, or the entries, in the shape of the result.
+
+    numbers: modulo 2^bits, one for each entry, which are returned in place of positions.
+    """
+    x = p.inputs[0]
     (*_, entries), kept = e.trace.primitives[x].shape, p.shape[-1]
     dropped = _dropped(e.plan, x, p.attrs["tolerance"])
     value = e.truncate(e.get(x, e.plan.own(x) + 1), e.trace.primitives[x].shape, dropped)
@@ -86,37 +108,50 @@ def _emit(e: Emitter, p: Primitive, bits: int, *, positions: bool) -> int:
     task = _Task(count(p.shape[:-1]), kept, e.plan.own(x) + 1 - dropped, bits)
     values = e.emit(local.Reshape((task.rows, entries), task.width), value.index)
     ring = bits if positions else task.width
+    if numbers is not None:
+        numbers = e.emit(local.Reshape((task.rows, entries), bits), numbers)
     if entries == 1:
-        last = e.emit(local.MulConstant((task.rows, 1), bits, 0), values) if positions else values
+        zero = e.emit(local.MulConstant((task.rows, 1), bits, 0), values) if numbers is None else numbers
+        last = zero if positions else values
     elif entries == 2 and kept == 1:
-        last = _larger_of_two(e, task, values, positions=positions)
+        last = _larger_of_two(e, task, values, numbers, positions=positions)
     else:
-        last = _tournament(e, p, task, entries, values, positions=positions)
+        last = _tournament(e, p, task, entries, values, numbers, positions=positions)
     return e.emit(local.Reshape(p.shape, ring), last)
 
 
-def _larger_of_two(e: Emitter, task: _Task, values: int, *, positions: bool) -> int:
-    """Emit [x_0 < x_1], which is the position of the larger, or x_0 - [x_0 < x_1] (x_0 - x_1)."""
+def _larger_of_two(e: Emitter, task: _Task, values: int, numbers: int | None, *, positions: bool) -> int:
+    """Emit [x_0 < x_1], which is the position of the larger, or of values or numbers n_0 - [x_0 < x_1] (n_0 - n_1)."""
     shape, width = (task.rows, 1), task.width
-    first, second = (e.emit(local.Slice(shape, width, 1, at, at + 1, 1), values) for at in (0, 1))
-    difference = e.emit(tp.Open(shape, width), e.emit(local.Sub(shape, width), first, second))
+
+    def halves(ring: int, pair: int) -> tuple[int, int]:
+        first, second = (e.emit(local.Slice(shape, ring, 1, at, at + 1, 1), pair) for at in (0, 1))
+        return first, e.emit(tp.Open(shape, ring), e.emit(local.Sub(shape, ring), first, second))
+
+    first, difference = halves(width, values)
     below = cheapest_compare(shape, width, (0,), 0, e.plan.prices.dealt_for_online)
     second_wins = e.emit(tp.OpenBits(shape, 1), e.emit(below, difference))
-    if positions:
+    if positions and numbers is None:
         return e.emit(tp.Select(shape, task.bits, (0,), (1,)), second_wins)
-    gain = e.emit(tp.Select(shape, width, (-1,), (0,)), second_wins, difference)
-    return e.emit(local.Add(shape, width), first, gain)
+    ring = width
+    if positions and numbers is not None:
+        ring = task.bits
+        first, difference = halves(ring, numbers)
+    gain = e.emit(tp.Select(shape, ring, (-1,), (0,)), second_wins, difference)
+    return e.emit(local.Add(shape, ring), first, gain)
 
 
-def _tournament(e: Emitter, p: Primitive, task: _Task, entries: int, values: int, *, positions: bool) -> int:
-    found = _levels(task, entries, e.plan.prices)
+def _tournament(
+    e: Emitter, p: Primitive, task: _Task, entries: int, values: int, numbers: int | None, *, positions: bool
+) -> int:
+    found = _levels(task, entries, e.plan.prices, numbered=numbers is not None)
     if found is None:
         raise DoesNotFit(
             f"{p.where}: the {task.kept} largest of {entries}; the protocol sorts rows of {MOST_RANKED}, and finds "
             f"{MOST_KEPT} of a longer one\nhint: ask for fewer"
         )
     value: int | None = values
-    place: int | None = None
+    place = numbers
     for groups in found:
         assert value is not None  # the last level alone may have left it out
         parts, start = [], 0
@@ -222,8 +257,11 @@ def _left(entries: int, groups: int, kept: int) -> int:
     return sum(number * min(kept, size) for number, size in _groups(entries, groups))
 
 
-def _levels(task: _Task, entries: int, prices: Prices) -> tuple[int, ...] | None:
-    """Return the number of groups of each level, the last of which is one, by the least price; None if none will do."""
+def _levels(task: _Task, entries: int, prices: Prices, *, numbered: bool = False) -> tuple[int, ...] | None:
+    """Return the number of groups of each level, the last of which is one, by the least price; None if none will do.
+
+    numbered: the entries come with numbers, as those of later levels do with positions.
+    """
     known: dict[int, tuple[float, tuple[int, ...]] | None] = {}
 
     def best(n: int, *, first: bool) -> tuple[float, tuple[int, ...]] | None:
@@ -241,7 +279,7 @@ def _levels(task: _Task, entries: int, prices: Prices) -> tuple[int, ...] | None
         known[n] = min(ways, default=None)
         return known[n]
 
-    found = best(entries, first=True)
+    found = best(entries, first=not numbered)
     return None if found is None else found[1]
 
 

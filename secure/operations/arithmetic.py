@@ -17,6 +17,7 @@ from secure.capture.operation import operation, rule
 from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol, WeightRef
+from secure.operations.choices import MOST_STEP, are_public, is_whole
 
 # Sums. An additive attention mask is an operand that the client knows.
 
@@ -36,6 +37,9 @@ def _second(y: Tensor | None) -> Tensor:
 @add.aten("add.Tensor", "add.Scalar")
 def _(b: Builder, x: Value, y: Value, alpha: float = 1) -> Value:
     """Translate x + alpha * y."""
+    for whole, offsets in ((x, y), (y, x)):
+        if is_whole(whole) and alpha == 1 and are_public(offsets):
+            return b.shared("renumbered", whole, offsets)
     return b.plus(x, y if alpha == 1 else b.times(y, alpha))
 
 
@@ -191,6 +195,10 @@ def mul(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -
 
 @mul.aten("mul.Tensor", "mul.Scalar")
 def _(b: Builder, x: Value, y: Value) -> Value:
+    for whole, step in ((x, y), (y, x)):
+        number = scalar_of(step) if is_whole(whole) and are_public(step) else None
+        if number is not None and abs(number) < MOST_STEP and shape_of(step) in ((), (1,)):
+            return b.shared("renumbered", whole, step=int(number))
     return b.times(x, y)
 
 

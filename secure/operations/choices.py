@@ -7,15 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from approximations.primitives import by_size, top_indices, top_values
+from approximations.primitives import by_size, top_indices, top_of, top_values
 from secure.capture.builder import Builder, Value, shape_of
 from secure.capture.graph import Node
-from secure.capture.operation import operation, rule
+from secure.capture.operation import OPERATIONS, operation, rule
+from secure.errors import UnsupportedOperation
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol
 
 TOLERANCE = 2.0**-10
 """By how much an entry may be smaller than another one that is chosen after it."""
+
+MOST_STEP = 1 << 31
+"""Whole numbers that nobody knows are multiplied by less than this; greater numbers are real ones."""
 
 
 @operation("largest_at", compares=True)
@@ -40,6 +44,96 @@ def largest(x: Tensor, /, *, count: int) -> Tensor:
 def _(to: Lowering, node: Node) -> Symbol:
     result: Symbol = top_values(to.symbol(node.inputs[0]), int(node.attrs["count"]), TOLERANCE)
     return result
+
+
+@operation("largest_of", compares=True, takes_integers=True)
+def largest_of(x: Tensor, numbers: Tensor, /, *, count: int) -> Tensor:
+    """Take the whole numbers that stand where the ``count`` largest of the last axis of x do."""
+    return numbers.gather(-1, by_size(x, count))
+
+
+@largest_of.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    x, numbers = node.inputs
+    found: Symbol = top_of(to.symbol(x), to.symbol(numbers), int(node.attrs["count"]), TOLERANCE)
+    return found.bounded(*_reach(to, node.id))
+
+
+@operation("rows_at", takes_integers=True)
+def rows_at(places: Tensor, x: Tensor, /) -> Tensor:
+    """Take rows of x, (..., n, width), at places (..., count) that an arg-max or a top-k found: (..., count, width)."""
+    return x.gather(-2, places[..., None].expand(*places.shape, x.shape[-1]))
+
+
+@rows_at.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    """Multiply by the unit vectors of the places, which have no fraction bits."""
+    places, x = node.inputs
+    return to.symbol(places).units(to.graph.nodes[x].shape[-2]) @ to.symbol(x)
+
+
+@operation("renumbered", takes_integers=True)
+def renumbered(x: Tensor, offsets: Tensor | None = None, /, *, step: int = 1) -> Tensor:
+    """Compute x * step + offsets of whole numbers that nobody knows; everybody knows the step and the offsets."""
+    moved = x * step
+    return moved if offsets is None else moved + offsets
+
+
+@renumbered.lower
+def _(to: Lowering, node: Node) -> Symbol:
+    x = to.symbol(node.inputs[0]) * float(node.attrs.get("step", 1))
+    if len(node.inputs) > 1:
+        x = x.expand(node.shape) + to.weight(node.inputs[1])
+    return x.bounded(*_reach(to, node.id))
+
+
+def _reach(to: Lowering, i: int) -> tuple[float, float]:
+    """Return the least and the greatest value that whole numbers may have: any place may be found."""
+    node = to.graph.nodes[i]
+    if node.op == "largest_at":
+        return 0.0, to.graph.nodes[node.inputs[0]].shape[-1] - 1.0
+    if node.op == "renumbered":
+        ends = [end * float(node.attrs.get("step", 1)) for end in _reach(to, node.inputs[0])]
+        known = to.known(node.inputs[1]) if len(node.inputs) > 1 else torch.zeros(1)
+        return min(ends) + float(known.min()), max(ends) + float(known.max())
+    if node.op == "largest_of":
+        return _reach(to, node.inputs[1])
+    if OPERATIONS[node.op].moves and len(node.inputs) == 1:
+        return _reach(to, node.inputs[0])
+    raise UnsupportedOperation(f"{node.path or 'model'}: the range of whole numbers from {node.op} is not known")
+
+
+def is_whole(value: Value) -> bool:
+    """True of whole numbers that nobody knows, such as an arg-max finds."""
+    return isinstance(value, Node) and value.visibility == "shared" and value.dtype == "int"
+
+
+def are_public(value: Value) -> bool:
+    """True of whole numbers that everybody knows."""
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def gathered(b: Builder, x: Value, axis: int, index: Node) -> Value:
+    """Translate ``x.gather(axis, index)`` where nobody knows the index.
+
+    It is rows at places, an index that is the same for all entries of the last axis; or whole numbers x at the places
+    of the largest of other values.
+    """
+    shape = shape_of(x)
+    if axis == len(shape) - 2 and index.op == "expand":
+        places = b.nodes[index.inputs[0]]
+        if shape_of(places) == (*shape_of(index)[:-1], 1) and shape_of(index)[:-2] == shape[:-2]:
+            return b.shared("rows_at", b.reshape(places, shape_of(index)[:-1]), x)
+    if axis == len(shape) - 1 and index.op == "largest_at" and is_whole(x):
+        values = b.nodes[index.inputs[0]]
+        if values.shape == shape:
+            return b.shared("largest_of", values, x, count=index.attrs["count"])
+    b.unsupported(
+        "gather by an index that nobody knows takes rows at the places of a top-k (x.gather(-2, places[..., None]"
+        ".expand(...))), or whole numbers that stand beside the values that it chose from"
+    )
 
 
 @operation("real", takes_integers=True)

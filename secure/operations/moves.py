@@ -20,6 +20,7 @@ from secure.capture.graph import Node
 from secure.capture.operation import operation, rule
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol
+from secure.operations.choices import gathered, is_whole
 
 MAXIMUM_RUNS = 1 << 14
 
@@ -150,6 +151,8 @@ def index_select(b: Builder, x: Value, dim: int, index: Value) -> Value:
 def gather(b: Builder, x: Value, dim: int, index: Value, **_: Any) -> Value:
     if isinstance(index, Tensor):
         return moved(b, x, torch.gather(places(x), dim, index))
+    if isinstance(index, Node) and is_whole(index):
+        return gathered(b, x, dim % len(shape_of(x)), index)
     axis, shape, wanted = dim % len(shape_of(x)), shape_of(x), shape_of(index)
     if isinstance(index, Node) and index.attrs.get("target") == "aten.expand.default":
         index = b.nodes[index.inputs[0]]  # one index for all entries of the last axes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secure.errors import InvalidInput
 from secure.lowering.client_inputs import SETTINGS, TASK
+from secure.models.clusters import cluster_sizes
 from secure.models.heads import REVEALED, SEARCH
 from secure.models.index import QUESTION, Index, prompt_for, read_index
 from secure.models.searcher import Searcher, read_record
@@ -58,7 +59,8 @@ class Search(Task[str, Found]):
     prompt that goes before questions; by default "query" if there is one, else the model's own default.
 
     Of a search that is loaded, index is its directory, ``found`` how many passages an answer has (0 for TOP, or all of
-    a smaller index), and reveal what clients learn: one of ``REVEALED[SEARCH]``, "" for the least.
+    a smaller index), and reveal what clients learn: one of ``REVEALED[SEARCH]``, "" for the least. clusters: how many
+    clusters of the index a query looks into, 0 for all of it.
     """
 
     name: ClassVar[str] = SEARCH
@@ -72,6 +74,7 @@ class Search(Task[str, Found]):
     index: str = ""
     found: int = 0
     reveal: str = ""
+    clusters: int = 0
 
     def __post_init__(self) -> None:
         if self.long not in (REFUSE, TRUNCATE):
@@ -92,20 +95,24 @@ class Search(Task[str, Found]):
         if not 1 <= found <= min(rows, MOST_TOP):
             few = f"the index has {rows} passages" if rows < MOST_TOP else f"{MOST_TOP} at most are found"
             raise InvalidInput(f"the {found} best passages: {few}", f"--top {min(rows, MOST_TOP)} at most")
+        within = clusters_within(self.clusters, index, found)
         told(0, 0, "loading the model")
         text = load_text_model(model)
         length = length or min(QUESTION_LENGTH, text.maximum_length)
-        settings = TaskSettings(reveal, activation=IDENTITY, top=found)
+        settings = TaskSettings(reveal, activation=IDENTITY, top=found, clusters=within)
         searcher = Searcher(
             text.module,  # type: ignore[arg-type]  # as load_text_model makes it
             index,
             top=found,
             texts=reveal in (PASSAGES, PASSAGES_SCORES),
             scores=reveal in SCORED,
+            clusters=self.clusters,
         ).eval()
         calibrating, testing = _chosen(index, CALIBRATED, TESTED)
         parts = len(index.segments)
         about = f"index: {rows:,} passages of {len(index.names):,} documents in {parts} segment{'s' * (parts > 1)}"
+        if within:
+            about += f"; {within[0]} of {within[1]} clusters are looked into: passages in others are not found"
         return Loaded(
             text.name,
             searcher,
@@ -167,8 +174,30 @@ class Search(Task[str, Found]):
     ) -> Found:
         ((records, scores),) = answers
         values = [None] * len(records) if scores is None else scores.tolist()
-        found = [{**read_record(each), "score": score} for each, score in zip(records, values, strict=True)]
-        return found[: self.top]
+        read = [(read_record(each), score) for each, score in zip(records, values, strict=True)]
+        return [{**record, "score": score} for record, score in read if record is not None][: self.top]
+
+
+def clusters_within(clusters: int, index: Index, found: int) -> tuple[int, ...]:
+    """Return how many clusters a query looks into, and how many there are; nothing for 0, which stands for all rows.
+
+    Raises InvalidInput for more clusters than there are, more than the protocol chooses, and too few passages in them.
+    """
+    if not clusters:
+        return ()
+    sizes = sorted(size for segment in index.segments for size in cluster_sizes(segment))
+    if not 1 <= clusters <= MOST_TOP or clusters >= len(sizes):
+        most = min(len(sizes) - 1, MOST_TOP)
+        raise InvalidInput(
+            f"--clusters {clusters}: the index has {len(sizes)} clusters of {sizes[-1]} passages at most",
+            f"{most} at most, or leave it out to look at all passages" if most else "leave it out",
+        )
+    if sum(sizes[:clusters]) < found:
+        raise InvalidInput(
+            f"--clusters {clusters}: the {found} best passages of as few as {sum(sizes[:clusters])}",
+            "look into more clusters, or find fewer (--top)",
+        )
+    return clusters, len(sizes)
 
 
 def _chosen(index: Index, many: int, more: int) -> tuple[list[str], list[str]]:
@@ -199,7 +228,8 @@ class SameFound(Closeness):
     At each rank it is half the distance, among the original's scores, of the passage that was found from the one that
     belongs there. So it is 0 for the same passage, and small where two are as good as equal. It is infinite for what is
     no record of the index, and for one that is found twice. Scores that are revealed are judged by the records beside
-    them.
+    them. Where clusters are looked into, either of two whose scores are as good as equal may be; a passage of a third
+    one has an infinite error.
     """
 
     searcher: Searcher
@@ -216,16 +246,23 @@ class SameFound(Closeness):
         worst, length, low, high, same, every = 0.0, 0, torch.inf, -torch.inf, 0, 0
         for each in answered:
             records = each.found["records"] if isinstance(each.found, Mapping) else each.found
+            ids, mask = (each.inputs[name] for name in ("input_ids", "attention_mask"))
             with torch.no_grad():
-                scores = self.searcher.scored(**each.inputs)
-            best = scores.topk(records.shape[1])
-            low, high = min(low, float(scores.min())), max(high, float(scores.max()))
+                exact, _ = self.searcher.scored(ids, mask)
+                known = exact[exact.isfinite()]
+                low, high = min(low, float(known.min())), max(high, float(known.max()))
+                surely, scores = self.searcher.scored(ids, mask, slack=2 * accept * (high - low))
+            best, least, most = (x.topk(records.shape[1]) for x in (exact, surely, scores))
             for row, found in enumerate(records.to(torch.float32)):
                 seen = set[int]()
                 for rank, record in enumerate(found):
                     at = self.rows.get(record.numpy().tobytes())
-                    none = at is None or at in seen
-                    wrong = torch.inf if none else abs(float(best.values[row, rank] - scores[row, at])) / 2
+                    none = at is None or (at in seen and bool(record.any()))  # zeros fill up clusters
+                    wrong = torch.inf
+                    if at is not None and not none:
+                        score = scores[row, at] if record.any() else torch.zeros(())
+                        off = torch.stack([least.values[row, rank] - score, score - most.values[row, rank]])
+                        wrong = max(0.0, float(off.max())) / 2
                     seen |= set() if at is None else {at}
                     same, every = same + (at == int(best.indices[row, rank])), every + 1
                     if wrong > worst:
