@@ -5,6 +5,9 @@
     python -m benchmarks.search INDEX --questions 200 [--write]     all parties in one process: what is found
     python -m benchmarks.search INDEX --queries 5 [--write]         over loopback: seconds, MB, rounds
     python -m benchmarks.search INDEX --count 1000 100000 [--write] what it adds to the encoder, by counting
+    python -m benchmarks.search INDEX --near 8 16 32 [--write]      in float: what is found in so many clusters
+
+``--clusters N`` looks into the N nearest clusters alone, with --questions, --queries and --count.
 
 Documents are docstrings of the standard library and of installed packages, read from their sources. Questions are the
 first lines of other docstrings, which are not in the index. ``float`` is the same encoder and the same index in the
@@ -21,7 +24,7 @@ import statistics
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ import secure
 from benchmarks.common import RESULTS, Service, dealer, machine
 from secure.cost.demand import masked_bytes
 from secure.cost.traffic import OFFLINE, ONCE, ONLINE
+from secure.models.clusters import cluster_sizes
 from secure.models.index import (
     COSINE,
     SEGMENT,
@@ -118,23 +122,28 @@ def make(where: Path, passages: int, questions: int) -> None:
     print(f"{len(index.passages)} passages of {len(chosen)} docstrings, {len(asked)} questions in {where}")
 
 
-def plainly(text: TextModel, index: Index, questions: list[str]) -> Tensor:
-    """The scores of all rows in float, (questions, rows)."""
+def vectors(text: TextModel, questions: list[str]) -> Tensor:
+    """The questions' embeddings in float, of length 1: (questions, width)."""
     rows = []
     with torch.no_grad():
         for question in questions:
             inputs = text_inputs(text.tokenizer, question, QUESTION_LENGTH, TRUNCATE)
             rows.append(text.module(**inputs)[0])
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1) @ index.embeddings.T
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
 
-def agreement(where: Path, count: int) -> dict[str, Any]:
-    """How often the same passages are found as in float."""
+def agreement(where: Path, count: int, clusters: int) -> dict[str, Any]:
+    """How often the same passages are found as in float, which looks into as many clusters."""
     index, text = read_index(where, PACKAGED), load_text_model(PACKAGED)
     questions = json.loads((where / QUESTIONS).read_text())[:count]
-    scores = plainly(text, index, questions)
+    asked = vectors(text, questions)
+    scores = asked @ index.embeddings.T
+    if clusters:
+        scores = torch.where(inside_of(index, asked, clusters), scores, -torch.inf)
     rows = {(each.id, each.number): row for row, each in enumerate(index.passages)}
-    compiled = secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=str(where), reveal="ids-scores")
+    compiled = secure.compile_text_model(
+        PACKAGED, QUESTION_LENGTH, index=str(where), reveal="ids-scores", clusters=clusters
+    )
     same, strictly, ordered, first, distances, errors = 0, 0, 0, 0, list[float](), list[float]()
     with secure.insecure_in_process(compiled, threads=os.cpu_count() or 1) as session:
         for own, question in zip(scores, questions, strict=True):
@@ -151,6 +160,7 @@ def agreement(where: Path, count: int) -> dict[str, Any]:
             errors += [abs(each["score"] - float(own[row])) for each, row in zip(found, chosen, strict=True)]
     return {
         "passages": len(index.passages),
+        **({"clusters": clusters} if clusters else {}),
         "questions": len(questions),
         f"same top {TOP}, or of equal scores": same,
         f"same top {TOP}": strictly,
@@ -161,13 +171,42 @@ def agreement(where: Path, count: int) -> dict[str, Any]:
     }
 
 
-def over_loopback(where: Path, count: int, reveal: str) -> dict[str, Any]:
+def inside_of(index: Index, asked: Tensor, clusters: int) -> Tensor:
+    """Which rows are in the clusters that are nearest to questions, in float: (questions, rows)."""
+    sizes = [size for segment in index.segments for size in cluster_sizes(segment)]
+    means = torch.stack([torch.nn.functional.normalize(rows.mean(0), dim=0) for rows in index.embeddings.split(sizes)])
+    near = (asked @ means.T).topk(clusters).indices
+    of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return (of[None, :, None] == near[:, None]).any(-1)
+
+
+def inside(where: Path, clusters: Sequence[int]) -> dict[str, Any]:
+    """How much of what is found among all passages is found in the nearest clusters, in float."""
+    index, text = read_index(where, PACKAGED), load_text_model(PACKAGED)
+    questions = json.loads((where / QUESTIONS).read_text())
+    asked = vectors(text, questions)
+    best = (asked @ index.embeddings.T).topk(TOP).indices
+    there = sum(len(cluster_sizes(segment)) for segment in index.segments)
+    found = {}
+    for many in clusters:
+        seen = inside_of(index, asked, many).gather(1, best)
+        found[str(many)] = {
+            "of all clusters": round(many / there, 3),
+            f"of the {TOP} best": round(float(seen.float().mean()), 3),
+            "all of them": round(float(seen.all(-1).float().mean()), 3),
+            "the first": round(float(seen[:, 0].float().mean()), 3),
+        }
+    return {"passages": len(index.passages), "clusters": there, "questions": len(questions), "found in": found}
+
+
+def over_loopback(where: Path, count: int, reveal: str, clusters: int) -> dict[str, Any]:
     """Seconds, bytes and rounds of queries, with client, server and dealer as processes of their own."""
     questions = json.loads((where / QUESTIONS).read_text())[: count + 1]
     with tempfile.TemporaryDirectory() as space:
         directory = Path(space) / "compiled"
         secure.save_compiled(
-            secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=str(where), reveal=reveal), directory
+            secure.compile_text_model(PACKAGED, QUESTION_LENGTH, index=str(where), reveal=reveal, clusters=clusters),
+            directory,
         )
         dealing = dealer()
         serving = Service(
@@ -191,6 +230,7 @@ def over_loopback(where: Path, count: int, reveal: str) -> dict[str, Any]:
     moved = {phase: reports[0].bytes(phase=phase) for phase in (ONLINE, OFFLINE)}
     return {
         "passages": len(read_index(where).passages),
+        **({"clusters": clusters} if clusters else {}),
         "reveal": reveal,
         "queries": len(reports),
         "tokens": QUESTION_LENGTH,
@@ -232,11 +272,12 @@ def parts(cost: Any) -> dict[str, float]:
     return {"rounds": cost.rounds, **{f"{phase} MB": size / 1e6 for phase, size in moved.items()}}
 
 
-def counted(rows: int, reveal: str) -> dict[str, Any]:
+def counted(rows: int, reveal: str, clusters: int) -> dict[str, Any]:
     """The rounds and bytes that a search adds to its encoder, by the Program, without running it."""
     texts, scored = reveal.startswith(PASSAGES), reveal in SCORED
     stand_in = StandIn().eval()
-    searcher = Searcher(stand_in, made_up(rows), top=TOP, texts=texts, scores=scored).eval()  # type: ignore[arg-type]
+    options: dict[str, Any] = {"top": TOP, "texts": texts, "scores": scored, "clusters": clusters}
+    searcher = Searcher(stand_in, made_up(rows), **options).eval()  # type: ignore[arg-type]
     samples = [{"input_ids": torch.randn(1, 8), "attention_mask": torch.ones(1, 8)} for _ in range(2)]
     whole, alone = (secure.compile(module, samples[0], calibration=samples[1:]) for module in (searcher, stand_in))
     added = {name: each - parts(alone.cost)[name] for name, each in parts(whole.cost).items()}
@@ -244,6 +285,7 @@ def counted(rows: int, reveal: str) -> dict[str, Any]:
     return {
         "reveal": reveal,
         "top": TOP,
+        **({"clusters": clusters} if clusters else {}),
         "bytes of a record": 2 * next(iter(searcher.records.values())).shape[1],
         **{name: round(each, 2) for name, each in {**added, f"{ONCE} MB": once}.items()},
     }
@@ -258,6 +300,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0)
     parser.add_argument("--queries", type=int, default=0)
     parser.add_argument("--count", type=int, nargs="*", default=[])
+    parser.add_argument("--clusters", type=int, default=0)
+    parser.add_argument("--near", type=int, nargs="*", default=[])
     parser.add_argument("--reveal", default="passages")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/search.json")
     o = parser.parse_args()
@@ -269,16 +313,19 @@ def main() -> None:
     if o.make:
         make(o.index, o.passages, o.questions or 200)
         return
-    if (o.questions or o.queries) and not is_index(o.index):
+    if (o.questions or o.queries or o.near) and not is_index(o.index):
         parser.error("no index there: --make makes one")
+    within = f", {o.clusters} clusters" if o.clusters else ""
     if o.questions:
-        found["agreement"] = agreement(o.index, o.questions)
+        found[f"agreement{within}"] = agreement(o.index, o.questions, o.clusters)
     if o.queries:
-        found[f"loopback, {len(read_index(o.index).passages)}, {o.reveal}"] = over_loopback(
-            o.index, o.queries, o.reveal
+        found[f"loopback, {len(read_index(o.index).passages)}, {o.reveal}{within}"] = over_loopback(
+            o.index, o.queries, o.reveal, o.clusters
         )
     for rows in o.count:
-        found[f"counted {rows}, {o.reveal}"] = counted(rows, o.reveal)
+        found[f"counted {rows}, {o.reveal}{within}"] = counted(rows, o.reveal, o.clusters)
+    if o.near:
+        found["clusters"] = inside(o.index, o.near)
     found = {name: {**machine("benchmarks.search"), **each} for name, each in found.items()}
     print(json.dumps(found, indent=2))
     if o.write:

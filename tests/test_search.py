@@ -40,7 +40,8 @@ from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import task_of
 from secure.deployments.self_test import self_test
-from secure.errors import InputTooLong, InvalidInput
+from secure.errors import InputTooLong, InvalidInput, InvalidProgram
+from secure.lowering.client_inputs import SETTINGS
 from secure.models import clusters as clusters_module
 from secure.models import index as index_module
 from secure.models.index import Index, build_index, read_index, write_index
@@ -632,9 +633,27 @@ def test_services_are_asked(made: Made, run: Run, dealer: Served, state: Path, m
             run("search", QUESTIONS[0], *options, "--top", "9"), "the 9 best passages: this server finds 4", "--top"
         )
     with hosted(made(), dealer, state) as options:
+        assert "clusters" not in run("search", QUESTIONS[0], *options).err
         in_words(
             run("search", QUESTIONS[0], *options, "--passages"), "reveals the ids of passages", "--reveal passages"
         )
+
+
+def test_clients_hear_that_not_all_passages_are_looked_at(
+    run: Run, dealer: Served, state: Path, model: str, small_clusters: Path
+) -> None:
+    compiled = secure.compile_text_model(model, LENGTH, index=str(small_clusters), top=3, clusters=2)
+    with hosted(compiled, dealer, state) as options:
+        ended = run("search", QUESTIONS[0], *options)
+        assert ended.code == 0, ended.err
+        assert "the server looks into the 2 of 7 clusters of passages that are nearest to a question" in ended.err
+
+
+@pytest.mark.parametrize("clusters", ["[3]", "[3,3]", "[0,4]", "[1,2,3]", "[1,1048577]", '["1",2]'])
+def test_settings_of_clusters_are_bounded(clusters: str) -> None:
+    assert settings_of({SETTINGS: '{"clusters": [2, 3]}'})[1].clusters == (2, 3)
+    with pytest.raises(InvalidProgram):
+        settings_of({SETTINGS: f'{{"clusters": {clusters}}}'})
 
 
 def test_a_file_of_questions(

@@ -10,11 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from parties.cli.asking import Asking, Question, TextsArgument, ask, in_words
+from parties.cli.console import say
 from parties.cli.options import Long, LongOption
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
 from secure.models.searcher import shown
 from secure.models.tokens import REFUSE, TRUNCATE
+from secure.session.link import Report
+from secure.session.session import Session
 from secure.tasks.answer import Answering
 from secure.tasks.classify import Classify
 from secure.tasks.rerank import Rerank, ranked
@@ -189,10 +192,21 @@ def search(
                 lines += [f"       {line}" for line in shown(each["text"]).split("\n")]
         return lines
 
+    def show(
+        session: Session, texts: Sequence[str], found: Sequence[Any], taken: Sequence[Report], *, as_json: bool
+    ) -> None:
+        if clusters := session.served.settings.clusters:
+            some, all_of = clusters
+            say(
+                f"unseen search: the server looks into the {some} of {all_of:,} clusters of passages that are nearest "
+                "to a question; a passage elsewhere is not found"
+            )
+        in_words(deployment, words)(session, texts, found, taken, as_json=as_json)
+
     asked = Question(
         "search",
         Search(top, passages, str(long)),
-        in_words(deployment, words),
+        show,
         also=f"--top {top}" if top else "",
         long=str(long),
         texts="question",
