@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import secure
 from secure.deployments.circuits import CircuitDeployment
@@ -16,8 +17,8 @@ from secure.deployments.generator import written
 from secure.errors import InvalidInput
 from secure.models.causal import load_language_model
 from secure.models.decoder import Decoder, looks_positions_up, prompt_inputs, step_inputs
-from secure.polynomial.forms import PowerAttention, forms, freeze_untrained, padded_before, weighed_values
-from secure.polynomial.recipe import RECIPE, Recipe
+from secure.polynomial.forms import PowerAttention, described, forms, freeze_untrained, padded_before, weighed_values
+from secure.polynomial.recipe import RECIPE, Recipe, read_recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.distil import distil
 from secure.training.fidelity import written_fidelity
@@ -274,6 +275,23 @@ def test_some_batches_have_padding_before_the_text(places: bool) -> None:
     assert kinds == {True, False}
 
 
+def test_layers_have_powers_of_their_own(tmp_path: Path) -> None:
+    """Each computes with its own, also after the recipe was written and read; and shifts follow it."""
+    recipe = Recipe(power=(8, 2))
+    (tmp_path / RECIPE).write_text(recipe.model_dump_json())
+    assert read_recipe(tmp_path / RECIPE) == recipe
+    model = polynomialize(llama().eval(), read_recipe(tmp_path / RECIPE))
+    found = [form.recipe for _, form in forms(model) if isinstance(form, PowerAttention)]
+    assert [(each.exponent, each.offset) for each in found] == [(8, 8.0), (2, 2.0)]
+    assert described(model, recipe).power == (8, 2)
+    for wrong in ((8, 2, 4), (8,)):
+        with pytest.raises(InvalidInput, match=f"{len(wrong)} powers for the 2 attention layers"):
+            polynomialize(llama().eval(), Recipe(power=wrong))
+    for unknown in ((8, 3), (8, 10), ()):
+        with pytest.raises(ValidationError):
+            Recipe(power=unknown)
+
+
 def test_padding_counts_neither_in_the_loss_nor_for_what_follows() -> None:
     torch.manual_seed(0)
     teacher, student = llama().eval(), llama().eval()
@@ -381,6 +399,14 @@ def test_what_cannot_be_trained_is_refused(original: Path, trained: Path, tmp_pa
         distil(trained, [], Recipe(), Settings(batch=4), tmp_path / "o", samples=8)
     with pytest.raises(InvalidInput, match="is the original model's directory"):
         distil(original, [], Recipe(), Settings(batch=4), original, samples=8)
+
+
+def test_powers_of_layers_are_kept_by_training(original: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=4, batch=4)
+    found = distil(original, [], Recipe(power=(2,)), settings, tmp_path / "out", samples=8)
+    assert read_recipe(tmp_path / "out" / RECIPE) == found
+    restored = load_language_model(tmp_path / "out")
+    assert [f.recipe.exponent for _, f in forms(restored) if isinstance(f, PowerAttention)] == [2]
 
 
 def test_a_recipe_of_another_model_is_refused(trained: Path, original: Path, tmp_path: Path) -> None:

@@ -596,6 +596,9 @@ def test_train_from_the_command_line_and_what_it_leaves(tmp_path: Path) -> None:
     assert "made for" in str(left.exception)  # the calibration sentences leave it too
     odd = CliRunner().invoke(app(), [*arguments, "--power", "3"])
     assert "--power" in str(odd.exception)
+    for several in ("8,3", "4,", "many", "4;4"):
+        refused = CliRunner().invoke(app(), [*arguments, "--power", several])
+        assert "--power" in str(refused.exception), several
     same = CliRunner().invoke(app(), ["train", str(model), "--text", str(text), "--output", str(model)])
     assert "original model's directory" in str(same.exception)
 

@@ -18,7 +18,7 @@ from protocols import two_party as tp
 from protocols.circuit import Instruction, check
 from protocols.protocol import CircuitCost
 from secure.deployments.deployment import Deployment
-from secure.errors import DoesNotFit, UnsupportedOperation
+from secure.errors import DoesNotFit, InvalidInput, UnsupportedOperation
 from secure.mpc.prices import Prices
 from secure.operations.choices import TOLERANCE
 from tests.helpers import FunctionRun, run_function
@@ -220,6 +220,79 @@ def test_modules(form: str, deployment: Deployment) -> None:
                 assert ours.dtype == (torch.int64 if theirs.dtype == torch.int64 else torch.float64)
                 assert ours.shape == theirs.shape
                 assert float((ours - theirs).abs().max()) < 1e-3
+
+
+def _hardly_two(y: Tensor) -> Tensor:
+    """A place of three, of which the samples never have the last."""
+    return torch.cat([y[:, :2], y[:, :1] - 50], -1).topk(1).indices
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "rows of whole numbers": (
+        lambda y: _rows_at(y.topk(6).indices.reshape(4, 3, 2), y[:, :3].topk(2).indices),
+        "gather by an index that nobody knows",
+    ),
+    "rows cut short": (
+        lambda y: torch.stack([y, y], -2).gather(-2, y[:, :2].topk(1).indices[..., None].expand(4, 1, 3)),
+        "gather by an index that nobody knows",
+    ),
+    "of real numbers": (lambda y: y.gather(-1, y.topk(2).indices), "gather by an index that nobody knows"),
+    "of what all know": (
+        lambda y: torch.ones(4, 3, 2).gather(-2, y[:, :3].topk(2).indices[..., None].expand(4, 2, 2)),
+        "gather by an index that nobody knows",
+    ),
+    "a row that is not there": (
+        lambda y: _rows_at(torch.stack([y, y], -2), _hardly_two(y)),
+        "places from 0 to 2 among 2 entries",
+    ),
+    "an entry that is not there": (
+        lambda y: nn.functional.embedding(_hardly_two(y) * 30 + 3, torch.ones(40, 2)),
+        "places from 3 to 63 among 40 entries",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_what_no_gather_takes(form: str) -> None:
+    function, words = REFUSED[form]
+    with pytest.raises((UnsupportedOperation, InvalidInput), match=words):
+        secure.compile(Scored(function).eval(), SAMPLES[0], calibration=SAMPLES)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 1 << 20, 16385, 100_003])
+def test_steps_are_exact(step: int) -> None:
+    """Those that no short constant holds are real numbers, which are exact enough, and no whole ones that are wrong."""
+    model = Scored(lambda y: y.topk(3).indices * step).eval().requires_grad_(False)
+    compiled = secure.compile(model, SAMPLES[0], calibration=SAMPLES)
+    with secure.insecure_in_process(compiled) as session:
+        answer, wanted = session.query(SAMPLES[0]), model(**SAMPLES[0])
+    if answer.dtype == torch.int64:
+        assert torch.equal(answer, wanted)
+    else:
+        assert float((answer - wanted).abs().max()) <= 2.0**-13 * step * 7
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_any_row_may_be_taken(checked: bool) -> None:
+    """Calibration takes a row of small numbers always, a query one of numbers a hundred times as large."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same = nn.Parameter(torch.eye(8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x @ self.same  # which is shared
+            return _rows_at(torch.stack([x, x * 100], -2), x[:, :2].topk(1).indices)
+
+    samples = [{"x": torch.rand(1, 8, generator=torch.Generator().manual_seed(s))} for s in range(4)]
+    for each in samples:
+        each["x"][:, 0] = 1.0
+    other = {"x": samples[0]["x"].flip(-1).clone()}
+    other["x"][:, :2] = torch.tensor([0.1, 0.9])
+    compiled = secure.compile(Rows().eval(), samples[0], calibration=samples, checked=checked)
+    with secure.insecure_in_process(compiled) as session:
+        assert float((session.query(other) - other["x"][:, None] * 100).abs().max()) < 0.05
 
 
 def test_an_index_is_all_that_is_revealed() -> None:

@@ -49,6 +49,7 @@ from secure.models.passages import Passage, TextDocument
 from secure.models.searcher import Searcher, read_record, records_of, shown
 from secure.models.settings import settings_of
 from secure.models.text import load_text_model
+from secure.mpc.compile import MpcModel
 from secure.mpc.program import part_of
 from secure.session.session import Session
 from secure.tasks.closeness import Compared
@@ -205,8 +206,63 @@ def test_zeros_that_fill_up_a_cluster_are_no_passages(model: str, small_clusters
         means.data.neg_()
     ids, mask = torch.tensor([[4, 5, 6, 2]]), torch.ones(1, 4, dtype=torch.int64)
     (records,) = searcher(ids, mask)
-    read = [read_record(each) for each in records]
-    assert {each["id"] for each in read if each is not None} <= {each.id for each in index.passages}
+    read = [read_record(each) for each in records if bool(each.any())]
+    assert {each["id"] for each in read} <= {each.id for each in index.passages}
+
+
+def judged(searcher: Searcher, ids: Tensor, rows: list[int], accept: float = 0.005) -> bool:
+    """Whether an answer of these rows is accepted."""
+    table = torch.cat(list(searcher.records.values()))
+    compared = Compared({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, table[rows][None].double(), 4)
+    return SameFound(searcher).judge(searcher, [compared], accept).accepted
+
+
+def test_only_what_close_clusters_explain_is_accepted(model: str, small_clusters: Path) -> None:
+    """The best of the nearest cluster; of the next one only where both are as good as equal; of no two of them."""
+    text = load_text_model(model)
+    searcher = Searcher(text.module, read_index(small_clusters), top=2, texts=False, scores=False, clusters=1).eval()  # type: ignore[arg-type]
+    ids = torch.tensor([[4, 5, 6, 2]])
+    scores, means = searcher.scored(ids, torch.ones_like(ids))
+    first, second = means[0].topk(2).indices.tolist()
+    size = searcher.size
+
+    def best(cluster: int) -> list[int]:
+        inside = scores[0, cluster * size : (cluster + 1) * size]
+        inside = torch.where(inside == 0, -9.0, inside)  # zeros that fill up
+        return [cluster * size + at for at in inside.topk(3).indices.tolist()]
+
+    assert judged(searcher, ids, best(first)[:2])
+    assert not judged(searcher, ids, best(second)[:2])
+    assert not judged(searcher, ids, best(first)[1::-1])
+    assert not judged(searcher, ids, best(first)[1:])
+    means_of = {name: rows.data for name, rows in searcher.means.items()}
+    whole = torch.cat(list(means_of.values()))
+    whole[second] = whole[first]  # as good as equal
+    parts = whole.split([len(rows) for rows in means_of.values()])
+    for rows, part in zip(searcher.means.values(), parts, strict=True):
+        rows.data = part.clone()
+    assert judged(searcher, ids, best(first)[:2])
+    assert judged(searcher, ids, best(second)[:2])
+    assert not judged(searcher, ids, best(second)[1::-1])
+    assert not judged(searcher, ids, best(second)[1:])
+    assert not judged(searcher, ids, [best(first)[0], best(second)[0]]), "of two clusters"
+
+
+def test_an_update_with_clusters_renews_no_other_weights(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights but those of segments are the same integers of the same names, whatever the number of segments."""
+    monkeypatch.setattr(index_module, "SEGMENT", 10)
+    monkeypatch.setattr(clusters_module, "CLUSTER", 4)
+    text, found = load_text_model(model), list[str]()
+    for count in (4, 6, 12):
+        made, _ = build_index(model, text, documents(count), length=LENGTH, overlap=1)
+        searcher = Searcher(text.module, made, top=2, texts=False, scores=False, clusters=1).eval()  # type: ignore[arg-type]
+        ids = [torch.tensor([[4, 5, 6 + i, 2]]) for i in range(3)]
+        masks = [torch.tensor([[1, 1, 1, int(i > 0)]]) for i in range(3)]
+        samples = [{"input_ids": x, "attention_mask": mask} for x, mask in zip(ids, masks, strict=True)]
+        compiled = secure.compile(searcher, samples[0], calibration=samples)
+        assert isinstance(compiled.model, MpcModel)
+        found.append(compiled.model.digest_of(name for name in compiled.model.integers if not part_of(name)))
+    assert len(set(found)) == 1
 
 
 def test_clusters_are_told(model: str, small_clusters: Path) -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from parties.cli.accuracy import measured, measured_texts, show
 from parties.cli.console import OUT
 from parties.cli.options import TextModelArgument, ThreadsOption, read_texts
-from secure.errors import InvalidInput, MissingPackage
+from secure.errors import InvalidInput, MissingPackage, printable
 from secure.lowering.client_inputs import GENERATE
 from secure.models.calibration import HELD_OUT
 from secure.models.heads import task_named
@@ -44,7 +44,10 @@ def train(
         ),
     ] = None,
     attention: Annotated[Attention, typer.Option(help="Power-Softmax, or MPCFormer's 2Quad.")] = Attention["power"],
-    power: Annotated[int, typer.Option(help="The even power of Power-Softmax.")] = 4,
+    power: Annotated[
+        str,
+        typer.Option(metavar="INTEGER[,INTEGER...]", help="The even power of Power-Softmax, or that of each layer."),
+    ] = "4",
     shift: Annotated[float | None, typer.Option(help="c of (1 + x/c)^power; 0: x^power; by default c = power.")] = None,
     activation_degree: Annotated[int, typer.Option(help="Degree of the activations' polynomials.")] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 4500,
@@ -80,7 +83,8 @@ def train(
     """Put a model into polynomial form, so that no private query compares anything. Run again, it goes on."""
     from secure.training.distil import distil
 
-    wanted = {"attention": attention.value, "power": power, "shift": shift, "activation_degree": activation_degree}
+    powers = _powers(power)
+    wanted = {"attention": attention.value, "power": powers, "shift": shift, "activation_degree": activation_degree}
     try:
         recipe = Recipe.model_validate(wanted)
     except ValidationError as error:
@@ -145,6 +149,15 @@ def train(
         else measured(output, directory, others, 0, protocol=0)
     )
     OUT.print(f"serve it with: unseen serve {output}", markup=False)
+
+
+def _powers(text: str) -> int | tuple[int, ...]:
+    """Read --power: one of all layers, or one of each."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput(f"--power {printable(text)}", f"{KNOWN}; several are divided by commas") from None
+    return found if len(found) > 1 else found[0]
 
 
 def data_set(directory: Path, column: str) -> list[str]:

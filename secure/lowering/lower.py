@@ -6,10 +6,13 @@ own graph. The lowering of each operation is defined beside the operation (`secu
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -156,6 +159,8 @@ class Lowering:
         late_bytes: int = 0,
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
+        # parameters do not count in names: more of them, such as segments of an index, rename no other weight
+        self.numbers = list(accumulate(node.op != "parameter" for node in graph.nodes))
         self.embedding, self.functions, self.public = embedding, functions, public
         operations = [OPERATIONS[node.op] for node in graph.nodes if node.visibility == "shared"]
         self.compares = any(o.compares for o in operations) or not any(o.polynomial for o in operations)
@@ -287,7 +292,7 @@ class Lowering:
         makes a tensor of this ``shape`` at each reading. ``of``: all nodes from which it follows.
         """
         node = self.graph.nodes[i]
-        name = (node.attrs["name"] if node.op == "parameter" else f"%{i}") + suffix
+        name = (node.attrs["name"] if node.op == "parameter" else f"%{_content(node) or self.numbers[i]}") + suffix
         recipe = partial(_float64, partial(self.known, i) if value is None else value)
         shape = node.shape if value is None else tuple(value.shape) if isinstance(value, Tensor) else shape
         if name in self._weights and self.device.type != "meta" and not self._weights[name].equal(recipe()):
@@ -414,3 +419,10 @@ def _subgraph(graph: Graph, outputs: Sequence[int]) -> Graph:
         for old in order
     )
     return Graph(nodes, tuple(number[o] for o in outputs))
+
+
+def _content(node: Node) -> str:
+    """Return a name of what a public constant holds, which it keeps wherever it stands; "" for another node."""
+    if node.op != "constant":
+        return ""
+    return hashlib.sha256(json.dumps([node.attrs, node.shape], sort_keys=True).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secure.errors import InvalidInput, printable
+from secure.models import clusters as made_clusters
 from secure.models.clusters import cluster_sizes
 from secure.models.index import COSINE, MOST_PASSAGES, Index
 from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage
@@ -40,8 +41,8 @@ class Searcher(nn.Module):
     index is a weight of its own, and so is the part of the table of records that belongs to it.
 
     clusters: the clusters of the index that are looked into, those whose means have the best scores; 0 for all rows.
-    Which ones they are stays as secret as what is found. Clusters then have equally many rows: zeros fill them up, with
-    records that ``read_record`` takes for none.
+    Which ones they are stays as secret as what is found. Clusters then have equally many rows: zeros fill them up,
+    whose records are zeros too.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Searcher(nn.Module):
             inside = [cluster_sizes(size) for size in sizes]
             unit = index.similarity == COSINE
             means = [_means(rows, each, unit=unit) for (rows, _), each in zip(parts, inside, strict=True)]
-            self.size = max(max(each) for each in inside)
+            self.size = (
+                made_clusters.CLUSTER
+            )  # whatever the index is: a change of it changes no other segment's weights
             parts = [
                 (_filled(rows, each, self.size), _filled(records, each, self.size))
                 for (rows, records), each in zip(parts, inside, strict=True)
@@ -93,23 +96,11 @@ class Searcher(nn.Module):
         numbers = near.unsqueeze(-1) * self.size + torch.arange(self.size)
         return inside.flatten(1), numbers.flatten(1)
 
-    def scored(self, input_ids: Tensor, attention_mask: Tensor, slack: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Return the scores of rows in clusters that are looked into for sure, and of those in clusters that may be.
-
-        slack: by how much the difference of two clusters' scores may be wrong. Both are (batch, rows), and
-        -inf for the other rows.
-        """
+    def scored(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores of all rows, (batch, rows), and of clusters' means, (batch, clusters or none)."""
         question = self._question(input_ids, attention_mask)
         scores = _scores(question, self.rows)
-        if not self.looked_into:
-            return scores, scores
-        means = _scores(question, self.means)
-        ordered = means.sort(descending=True).values
-        last, next_one = (ordered[:, at : at + 1] for at in (self.looked_into - 1, self.looked_into))
-        surely = (means > next_one + slack) if slack else means >= last
-        chosen = (each.repeat_interleave(self.size, -1) for each in (surely, means >= last - slack))
-        least, most = (torch.where(each, scores, -torch.inf) for each in chosen)
-        return least, most
+        return scores, _scores(question, self.means) if self.looked_into else scores[:, :0]
 
 
 def _scores(question: Tensor, rows: nn.ParameterDict) -> Tensor:
@@ -150,13 +141,11 @@ def records_of(passages: Sequence[Passage], *, texts: bool) -> Tensor:
     return torch.from_numpy((whole.astype(np.float32) - _MIDDLE) / _SCALE)
 
 
-def read_record(numbers: Tensor) -> dict[str, Any] | None:
-    """Read a record, (width / 2) numbers: {"id", "passage", "start", "end"}, and "text" if it has one; zeros are none.
+def read_record(numbers: Tensor) -> dict[str, Any]:
+    """Read a record, (width / 2) numbers: {"id", "passage", "start", "end"}, and "text" if it has one.
 
     It comes from a server's Program. Raises InvalidInput for anything else than a record.
     """
-    if not bool(numbers.any()):
-        return None
     found = (numbers.to(torch.float64) * _SCALE).round() + _MIDDLE
     if not bool(((found >= 0) & (found < 2 * _MIDDLE)).all()):
         raise no_record()

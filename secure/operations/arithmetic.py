@@ -17,7 +17,7 @@ from secure.capture.operation import operation, rule
 from secure.errors import InvalidInput, InvalidProgram
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol, WeightRef
-from secure.operations.choices import MOST_STEP, are_public, is_whole
+from secure.operations.choices import are_public, is_step, is_whole
 
 # Sums. An additive attention mask is an operand that the client knows.
 
@@ -196,9 +196,8 @@ def mul(x: Tensor, y: Tensor | None = None, /, *, scalar: float | None = None) -
 @mul.aten("mul.Tensor", "mul.Scalar")
 def _(b: Builder, x: Value, y: Value) -> Value:
     for whole, step in ((x, y), (y, x)):
-        number = scalar_of(step) if is_whole(whole) and are_public(step) else None
-        if number is not None and abs(number) < MOST_STEP and shape_of(step) in ((), (1,)):
-            return b.shared("renumbered", whole, step=int(number))
+        if is_whole(whole) and is_step(step):
+            return b.shared("renumbered", whole, step=int(scalar_of(step) or 0))
     return b.times(x, y)
 
 

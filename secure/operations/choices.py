@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 
 from approximations.primitives import by_size, top_indices, top_of, top_values
-from secure.capture.builder import Builder, Value, shape_of
+from secure.capture.builder import Builder, Value, scalar_of, shape_of
 from secure.capture.graph import Node
 from secure.capture.operation import OPERATIONS, operation, rule
-from secure.errors import UnsupportedOperation
+from secure.errors import InvalidInput, UnsupportedOperation
 from secure.lowering.lower import Lowering
+from secure.lowering.ranges import dyadic
 from secure.lowering.trace import Symbol
 
 TOLERANCE = 2.0**-10
 """By how much an entry may be smaller than another one that is chosen after it."""
-
-MOST_STEP = 1 << 31
-"""Whole numbers that nobody knows are multiplied by less than this; greater numbers are real ones."""
 
 
 @operation("largest_at", compares=True)
@@ -56,7 +54,7 @@ def largest_of(x: Tensor, numbers: Tensor, /, *, count: int) -> Tensor:
 def _(to: Lowering, node: Node) -> Symbol:
     x, numbers = node.inputs
     found: Symbol = top_of(to.symbol(x), to.symbol(numbers), int(node.attrs["count"]), TOLERANCE)
-    return found.bounded(*_reach(to, node.id))
+    return _bounded(to, node, found)
 
 
 @operation("rows_at", takes_integers=True)
@@ -69,7 +67,10 @@ def rows_at(places: Tensor, x: Tensor, /) -> Tensor:
 def _(to: Lowering, node: Node) -> Symbol:
     """Multiply by the unit vectors of the places, which have no fraction bits."""
     places, x = node.inputs
-    return to.symbol(places).units(to.graph.nodes[x].shape[-2]) @ to.symbol(x)
+    rows = to.graph.nodes[x].shape[-2]
+    check_places(to, node, places, rows)
+    most = 2.0 ** math.ceil(math.log2(max(to.seen.magnitude[x] * to.margin, 2.0**-16)))  # any row may be taken
+    return (to.symbol(places).units(rows) @ to.symbol(x)).bounded(-most, most)
 
 
 @operation("renumbered", takes_integers=True)
@@ -84,23 +85,45 @@ def _(to: Lowering, node: Node) -> Symbol:
     x = to.symbol(node.inputs[0]) * float(node.attrs.get("step", 1))
     if len(node.inputs) > 1:
         x = x.expand(node.shape) + to.weight(node.inputs[1])
-    return x.bounded(*_reach(to, node.id))
+    return _bounded(to, node, x)
 
 
 def _reach(to: Lowering, i: int) -> tuple[float, float]:
-    """Return the least and the greatest value that whole numbers may have: any place may be found."""
+    """Return the least and the greatest value that whole numbers may have: any place may be found.
+
+    Raises UnsupportedOperation for those of an operation that makes none.
+    """
     node = to.graph.nodes[i]
-    if node.op == "largest_at":
-        return 0.0, to.graph.nodes[node.inputs[0]].shape[-1] - 1.0
-    if node.op == "renumbered":
+    low, high = 0.0, 0.0
+    if node.op in ("largest_at", "sampled"):
+        high = to.graph.nodes[node.inputs[0]].shape[-1] - 1.0
+    elif node.op == "renumbered":
         ends = [end * float(node.attrs.get("step", 1)) for end in _reach(to, node.inputs[0])]
         known = to.known(node.inputs[1]) if len(node.inputs) > 1 else torch.zeros(1)
-        return min(ends) + float(known.min()), max(ends) + float(known.max())
-    if node.op == "largest_of":
-        return _reach(to, node.inputs[1])
-    if OPERATIONS[node.op].moves and len(node.inputs) == 1:
-        return _reach(to, node.inputs[0])
-    raise UnsupportedOperation(f"{node.path or 'model'}: the range of whole numbers from {node.op} is not known")
+        low, high = min(ends) + float(known.min()), max(ends) + float(known.max())
+    elif node.op == "largest_of":
+        low, high = _reach(to, node.inputs[1])
+    elif OPERATIONS[node.op].moves and len(node.inputs) == 1:
+        low, high = _reach(to, node.inputs[0])
+        low, high = min(low, 0.0), max(high, 0.0)  # a move may put zeros beside them
+    else:
+        raise UnsupportedOperation(f"{node.path or 'model'}: the range of whole numbers from {node.op} is not known")
+    return low, high
+
+
+def _bounded(to: Lowering, node: Node, x: Symbol) -> Symbol:
+    low, high = _reach(to, node.id)
+    return x.bounded(low, max(high, low + 1.0))
+
+
+def check_places(to: Lowering, node: Node, places: int, entries: int) -> None:
+    """Raise InvalidInput if places that nobody knows may lie beyond what is looked up, where torch would fail."""
+    low, high = _reach(to, places)
+    if low < 0 or high >= entries:
+        raise InvalidInput(
+            f"{node.path or 'model'}: places from {low:.0f} to {high:.0f} among {entries} entries",
+            "look up a table that has an entry for every place",
+        )
 
 
 def is_whole(value: Value) -> bool:
@@ -115,6 +138,15 @@ def are_public(value: Value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_step(value: Value) -> bool:
+    """True of a number that everybody knows, by which whole numbers are multiplied exactly (see ``dyadic``)."""
+    number = scalar_of(value) if are_public(value) else None
+    if number is None or shape_of(value) != ():
+        return False
+    m, q = dyadic(number)
+    return abs(number) < 2.0**31 and m * 2.0**-q == number
+
+
 def gathered(b: Builder, x: Value, axis: int, index: Node) -> Value:
     """Translate ``x.gather(axis, index)`` where nobody knows the index.
 
@@ -122,9 +154,10 @@ def gathered(b: Builder, x: Value, axis: int, index: Node) -> Value:
     of the largest of other values.
     """
     shape = shape_of(x)
-    if axis == len(shape) - 2 and index.op == "expand":
-        places = b.nodes[index.inputs[0]]
-        if shape_of(places) == (*shape_of(index)[:-1], 1) and shape_of(index)[:-2] == shape[:-2]:
+    secret = isinstance(x, Node) and x.visibility == "shared"
+    if secret and axis == len(shape) - 2 and index.op == "expand" and not is_whole(x):
+        places, wanted = b.nodes[index.inputs[0]], shape_of(index)
+        if shape_of(places) == (*wanted[:-1], 1) and (*wanted[:-2], wanted[-1]) == (*shape[:-2], shape[-1]):
             return b.shared("rows_at", b.reshape(places, shape_of(index)[:-1]), x)
     if axis == len(shape) - 1 and index.op == "largest_at" and is_whole(x):
         values = b.nodes[index.inputs[0]]

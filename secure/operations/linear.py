@@ -15,6 +15,7 @@ from secure.capture.graph import Node
 from secure.capture.operation import operation, rule
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol
+from secure.operations.choices import check_places
 
 
 @operation("linear", takes_affine=True)
@@ -44,7 +45,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     if source in to.units:
         # the server gets the normalized value once, for the normalization's own weight and for this layer: it saves
         # two rounds
-        (x, column), suffix = to.units[source], f"{suffix}*%{source}"
+        (x, column), suffix = to.units[source], f"{suffix}*%{to.numbers[source]}"
         scale, shift = to.affine(to.graph.nodes[source])
         of = (*of, *to.graph.nodes[source].inputs[1:])
     else:
@@ -197,6 +198,7 @@ def _(to: Lowering, node: Node) -> Symbol:
     A table that parameters make up, one below the other, is looked up part by part, so that each is a weight.
     """
     ids, table = node.inputs
+    check_places(to, node, ids, to.graph.nodes[table].shape[0])
     found = to.symbol(ids).units(to.graph.nodes[table].shape[0])
     parts, start = list[Symbol](), 0
     for part in _stacked(to, table):

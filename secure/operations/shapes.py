@@ -189,7 +189,7 @@ def _(to: Lowering, node: Node) -> Symbol:
             to.known(i).to(torch.float64) if there else torch.zeros(shape, dtype=torch.float64, device=to.device)
         )
     last = max(i for i, there in zip(node.inputs, known, strict=True) if there)
-    return joined.take(dim, runs) + to.weight(last, f".in%{node.id}", torch.cat(pieces, dim))
+    return joined.take(dim, runs) + to.weight(last, f".in%{to.numbers[node.id]}", torch.cat(pieces, dim))
 
 
 @rule("stack.default")

@@ -48,11 +48,15 @@ class Found(BaseModel):
         return self
 
 
+Power = Annotated[int, Field(ge=2, le=8, multiple_of=2)]
+MOST_LAYERS = 1 << 10
+
+
 class Recipe(BaseModel):
     """The settings by which a model is put into polynomial form. ``layers``: what was found for each module, by path.
 
     attention: "power" is Power-Softmax (1 + x/shift)^p, or x^p for shift 0; shift None is p. "quad" is MPCFormer's
-    2Quad, p = 2 and shift 5. Both are divided by a mean plus ``eps``.
+    2Quad, p = 2 and shift 5. Both are divided by a mean plus ``eps``. power: p of all attention layers, or of each.
     activation_degree: degree of the least-squares polynomial. activation_reach: bound for the magnitude of arguments.
     reciprocal_degree, norm_degree: degrees of the polynomials that inverse powers begin with.
     inverse_error: relative error allowed for inverse powers, which training compensates; corrections are added until it
@@ -63,7 +67,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     attention: Literal["power", "quad"] = "power"
-    power: int = Field(default=4, ge=2, le=8, multiple_of=2)
+    power: Power | Annotated[tuple[Power, ...], Field(min_length=1, max_length=MOST_LAYERS)] = 4
     shift: float | None = Field(default=None, ge=0)  # zero, or not so small that powers of its inverse overflow
     eps: float = Field(default=0.1, gt=0, lt=1)
     activation_degree: int = Field(default=4, ge=2, le=4)
@@ -87,16 +91,34 @@ class Recipe(BaseModel):
     def _known(cls, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return {path: Found.model_validate(found).model_dump(exclude_unset=True) for path, found in layers.items()}
 
+    def of_layer(self, number: int, layers: int) -> Recipe:
+        """Return the recipe of one attention layer of so many, with its own power.
+
+        Raises InvalidInput for as many powers as there are not layers.
+        """
+        if isinstance(self.power, int):
+            return self
+        if len(self.power) != layers:
+            raise InvalidInput(
+                f"{len(self.power)} powers for the {layers} attention layers of the model",
+                "one for each, or for all",
+            )
+        return self.model_copy(update={"power": self.power[number]})
+
     @property
     def exponent(self) -> int:
-        return self.power if self.attention == "power" else 2
+        """The power p of a recipe that has one for all layers."""
+        if self.attention != "power":
+            return 2
+        assert isinstance(self.power, int)  # of one layer
+        return self.power
 
     @property
     def offset(self) -> float:
         """The shift c of (1 + x/c)^p; zero stands for x^p."""
         if self.attention == "quad":
             return QUAD
-        return float(self.power) if self.shift is None else self.shift
+        return float(self.exponent) if self.shift is None else self.shift
 
 
 def read_recipe(path: Path) -> Recipe:

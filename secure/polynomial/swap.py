@@ -40,9 +40,9 @@ def polynomialize(model: nn.Module, recipe: Recipe, prefix: str = "") -> nn.Modu
             "(BERT, RoBERTa, DistilBERT, ViT, GPT-2, GPT-NeoX, LLaMA), LayerNorm, RMSNorm, and the activations GeLU, "
             "SiLU, ReLU and tanh"
         )
-    for path, module in attention:
-        found = recipe.layers.get(f"{prefix}{path}.polynomial")
-        module.add_module("polynomial", PowerAttention(recipe, found, _query_scaling(module)))
+    for number, (path, module) in enumerate(attention):
+        found, own = recipe.layers.get(f"{prefix}{path}.polynomial"), recipe.of_layer(number, len(attention))
+        module.add_module("polynomial", PowerAttention(own, found, _query_scaling(module)))
         module.config._attn_implementation = INTERFACE
     for path, module in norms:
         found = recipe.layers.get(prefix + path)

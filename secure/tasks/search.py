@@ -16,7 +16,7 @@ from secure.lowering.client_inputs import SETTINGS, TASK
 from secure.models.clusters import cluster_sizes
 from secure.models.heads import REVEALED, SEARCH
 from secure.models.index import QUESTION, Index, prompt_for, read_index
-from secure.models.searcher import Searcher, read_record
+from secure.models.searcher import Searcher, no_record, read_record
 from secure.models.settings import IDENTITY, PASSAGES, PASSAGES_SCORES, SCORED, TaskSettings
 from secure.models.text import (
     TextModel,
@@ -27,6 +27,7 @@ from secure.models.text import (
     text_samples,
 )
 from secure.models.tokens import REFUSE, TRUNCATE
+from secure.operations.choices import TOLERANCE
 from secure.progress import Told, silent
 from secure.tasks.closeness import Closeness, Compared, Judged
 from secure.tasks.embed import Embed
@@ -174,8 +175,11 @@ class Search(Task[str, Found]):
     ) -> Found:
         ((records, scores),) = answers
         values = [None] * len(records) if scores is None else scores.tolist()
-        read = [(read_record(each), score) for each, score in zip(records, values, strict=True)]
-        return [{**record, "score": score} for record, score in read if record is not None][: self.top]
+        if len(records) != served.settings.top:
+            raise no_record()
+        filled = bool(served.settings.clusters)
+        kept = [(each, score) for each, score in zip(records, values, strict=True) if not filled or bool(each.any())]
+        return [{**read_record(each), "score": score} for each, score in kept][: self.top]
 
 
 def clusters_within(clusters: int, index: Index, found: int) -> tuple[int, ...]:
@@ -221,6 +225,10 @@ def _samples(
     return [*text_samples(text, length, sentences), *_inputs(text, length, passages)]
 
 
+NO_PASSAGE = -1
+"""The row of a record of zeros, which fills up a cluster."""
+
+
 @dataclass(frozen=True, eq=False)
 class SameFound(Closeness):
     """The least error of scores that explains what was found, in parts of the spread of the original's scores.
@@ -229,7 +237,7 @@ class SameFound(Closeness):
     belongs there. So it is 0 for the same passage, and small where two are as good as equal. It is infinite for what is
     no record of the index, and for one that is found twice. Scores that are revealed are judged by the records beside
     them. Where clusters are looked into, either of two whose scores are as good as equal may be; a passage of a third
-    one has an infinite error.
+    one has an infinite error, and so have passages of more clusters than are looked into.
     """
 
     searcher: Searcher
@@ -242,32 +250,55 @@ class SameFound(Closeness):
     def judge(self, module: nn.Module, answered: Sequence[Compared], accept: float) -> Judged:
         if not self.rows:
             table = torch.cat(list(self.searcher.records.values()))
-            self.rows.update({row.numpy().tobytes(): number for number, row in enumerate(table)})
-        worst, length, low, high, same, every = 0.0, 0, torch.inf, -torch.inf, 0, 0
-        for each in answered:
+            self.rows.update({row.numpy().tobytes(): number for number, row in enumerate(table) if bool(row.any())})
+            self.rows[torch.zeros_like(table[0]).numpy().tobytes()] = NO_PASSAGE
+        with torch.no_grad():
+            inputs = [[each.inputs[name] for name in ("input_ids", "attention_mask")] for each in answered]
+            scored = [self.searcher.scored(ids, mask) for ids, mask in inputs]
+        passages = torch.cat([rows.any(-1) for rows in self.searcher.records.values()])
+        whole = torch.cat([scores[:, passages] for scores, _ in scored])
+        spread = float(whole.max() - whole.min())
+        slack = 2 * max(accept * spread, TOLERANCE)
+        worst, length, same, every = 0.0, 0, 0, 0
+        for each, (scores, means) in zip(answered, scored, strict=True):
             records = each.found["records"] if isinstance(each.found, Mapping) else each.found
-            ids, mask = (each.inputs[name] for name in ("input_ids", "attention_mask"))
-            with torch.no_grad():
-                exact, _ = self.searcher.scored(ids, mask)
-                known = exact[exact.isfinite()]
-                low, high = min(low, float(known.min())), max(high, float(known.max()))
-                surely, scores = self.searcher.scored(ids, mask, slack=2 * accept * (high - low))
-            best, least, most = (x.topk(records.shape[1]) for x in (exact, surely, scores))
             for row, found in enumerate(records.to(torch.float32)):
-                seen = set[int]()
-                for rank, record in enumerate(found):
-                    at = self.rows.get(record.numpy().tobytes())
-                    none = at is None or (at in seen and bool(record.any()))  # zeros fill up clusters
-                    wrong = torch.inf
-                    if at is not None and not none:
-                        score = scores[row, at] if record.any() else torch.zeros(())
-                        off = torch.stack([least.values[row, rank] - score, score - most.values[row, rank]])
-                        wrong = max(0.0, float(off.max())) / 2
-                    seen |= set() if at is None else {at}
-                    same, every = same + (at == int(best.indices[row, rank])), every + 1
-                    if wrong > worst:
-                        worst, length = wrong, each.length
-        error = worst / max(high - low, accept)
-        said = f", others would be with scores wrong by {error:.2g} of their spread ({high - low:.3g})" if worst else ""
+                at = [self.rows.get(record.numpy().tobytes()) for record in found]
+                best = self._looked_into(scores[row], means[row]).topk(len(at)).indices.tolist()
+                same, every = same + sum(a == b for a, b in zip(at, best, strict=True)), every + len(at)
+                if (wrong := self._wrong(scores[row], means[row], at, slack)) > worst:
+                    worst, length = wrong, each.length
+        error = worst / max(spread, accept)
+        said = f", others would be with scores wrong by {error:.2g} of their spread ({spread:.3g})" if worst else ""
         words = f"{same} of {every} passages are found at the original's rank{said}"
         return Judged(error <= accept, words, length)
+
+    def _wrong(self, scores: Tensor, means: Tensor, found: Sequence[int | None], slack: float) -> float:
+        """Return the error of scores that explains the rows that were found, the best first; NO_PASSAGE is of zeros."""
+        places = [at for at in found if at is not None and at != NO_PASSAGE]
+        if None in found or len(set(places)) < len(places) or (NO_PASSAGE in found and not self.searcher.looked_into):
+            return torch.inf
+        inside = self._looked_into(scores, means, places, slack)
+        values = torch.tensor([0.0 if at == NO_PASSAGE or at is None else float(inside[at]) for at in found])
+        return float((inside.topk(len(found)).values - values).abs().nan_to_num(torch.inf).max()) / 2
+
+    def _looked_into(self, scores: Tensor, means: Tensor, found: Sequence[int] = (), slack: float = 0.0) -> Tensor:
+        """Return the scores of rows in the clusters that a query looked into, and -inf for others.
+
+        Whose mean's score is within ``slack`` of those of the last chosen and the first left out may be either. So the
+        clusters of what was found are looked into, and of the others those whose best passages are least good.
+        """
+        searcher = self.searcher
+        if not (many := searcher.looked_into):
+            return scores
+        ordered = means.sort(descending=True).values
+        may_be = means >= ordered[many - 1] - slack
+        chosen = means > ordered[many] + slack
+        chosen[[at // searcher.size for at in found]] = True
+        chosen &= may_be
+        best = scores.reshape(-1, searcher.size).amax(-1)
+        spare = sorted((may_be & ~chosen).nonzero().flatten().tolist(), key=lambda at: float(best[at]))
+        chosen[spare[: max(0, many - int(chosen.sum()))]] = True
+        if int(chosen.sum()) > many:
+            return torch.full_like(scores, -torch.inf)
+        return torch.where(chosen.repeat_interleave(searcher.size), scores, -torch.inf)
