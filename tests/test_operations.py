@@ -85,7 +85,7 @@ ALONE: dict[str, Callable[..., Tensor]] = {
     "power": lambda x, w, v, ids: power_operation(x, -0.5, 0.1, 4.0, 3, 2),
     "real": lambda x, w, v, ids: x.argmax(-1).float(),
     "relu": lambda x, w, v, ids: x.relu(),
-    "renumbered": lambda x, w, v, ids: x.argmax(-1) * 3 + torch.arange(3),
+    "renumbered": lambda x, w, v, ids: x.argmax(-1, keepdim=True) * 3 + torch.arange(3),
     "rows_at": lambda x, w, v, ids: x.gather(-2, x[..., :3].argmax(-1)[:, :2, None].expand(2, 2, 4)),
     "reshape": lambda x, w, v, ids: x.flatten(1),
     "rms_norm": lambda x, w, v, ids: F.rms_norm(x, (4,), v, 1e-5),
