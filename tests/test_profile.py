@@ -1,5 +1,6 @@
 """The profiler: what it counts without data is what a query takes."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +8,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 import secure
-from parties.reports.tables import profile_tables
+from parties.reports.tables import profile_tables, titled
 from protocols.circuit import Instruction
 from protocols.protocol import (
     PARTY_NAMES,
@@ -189,3 +191,15 @@ def test_the_command_names_a_missing_model() -> None:
     result = CliRunner().invoke(app(), ["profile", "/nowhere"])
     assert result.exit_code != 0
     assert "no model at '/nowhere'" in str(result.exception)
+
+
+def test_names_of_modules_stay_whole_in_a_narrow_terminal() -> None:
+    columns = ["", "rounds, unmerged", "to server", "to client", "offline", "MMAC", "comparisons"]
+    name, figures = "model.model.layers.27", ["68", "0.1 MB", "0.1 MB", "0.5 MB", "4", "275328"]
+    console = Console(width=80, file=io.StringIO())
+    console.print(titled("by module", columns, [[name, *figures]]))
+    assert isinstance(console.file, io.StringIO)
+    (row,) = [line for line in console.file.getvalue().splitlines() if name in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [name, *figures]
+    console.print(titled("long names", columns, [["a" * 70, *figures]]))
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80
