@@ -7,8 +7,6 @@ a query takes does not tell how the documents lie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -24,15 +22,14 @@ def cluster_sizes(rows: int) -> list[int]:
     return [rows * (i + 1) // clusters - rows * i // clusters for i in range(clusters)]
 
 
-def clustered(vectors: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """Return an order of float vectors, (rows, width), in which consecutive ones of these sizes are clusters: (rows,).
+def clustered(vectors: Tensor) -> Tensor:
+    """Return an order of float vectors, (rows, width), in which consecutive ones are clusters: (rows,).
 
-    sizes: of clusters, those of ``cluster_sizes`` by default; they add up to the rows. The same vectors get the same
-    order.
+    The clusters' sizes are those of ``cluster_sizes``. The same vectors get the same order.
     """
-    sizes = cluster_sizes(len(vectors)) if sizes is None else sizes
+    sizes = cluster_sizes(len(vectors))
     order = torch.empty(len(vectors), dtype=torch.int64)
-    waiting = [(torch.arange(len(vectors)), list(sizes), 0)]
+    waiting = [(torch.arange(len(vectors)), sizes, 0)]
     while waiting:
         rows, parts, start = waiting.pop()
         if len(parts) <= 1:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from secure.capture.documents import read_document, read_tensors, what_is_wrong
 from secure.errors import InvalidInput, InvalidProgram
-from secure.models.clusters import cluster_sizes, clustered
+from secure.models.clusters import clustered
 from secure.models.passages import MAXIMUM_DOCUMENT, MAXIMUM_ID, Passage, TextDocument, checked_name, passages_of
 from secure.models.prompts import Prompts
 from secure.models.text import TextModel, model_directory, model_files
@@ -297,16 +297,10 @@ def _unchanged(before: Index | None, kept: Sequence[Sequence[int]], sizes: Seque
 def _in_clusters(vectors: Tensor, sizes: Sequence[int], unchanged: Sequence[bool]) -> Tensor:
     """Return the order of rows, (rows,), in which every segment but the unchanged ones stands in clusters.
 
-    Neighbouring segments that change exchange rows, as their clusters are made together.
+    Rows stay in their segments, so that the passages of a document do, and an update changes as few as it can.
     """
-    order, start = list[Tensor](), 0
-    for same, run in itertools.groupby(zip(sizes, unchanged, strict=True), key=lambda each: each[1]):
-        inside = [size for size, _ in run]
-        rows = torch.arange(start, start + sum(inside))
-        clusters = [size for each in inside for size in cluster_sizes(each)]
-        order.append(rows if same else rows[clustered(vectors[rows], clusters)])
-        start += sum(inside)
-    return torch.cat(order)
+    rows = torch.arange(len(vectors)).split(list(sizes))
+    return torch.cat([at if same else at[clustered(vectors[at])] for at, same in zip(rows, unchanged, strict=True)])
 
 
 def embed_passages(
