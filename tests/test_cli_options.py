@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import secure
 from parties import deployments
+from parties.bulk.connection import Connection
 from parties.cli import (
     accuracy,
     asking,
@@ -87,6 +88,7 @@ class Calls:
     def note(self, name: str, answer: Any = None) -> Callable[..., Any]:
         def called(*arguments: Any, **named: Any) -> Any:
             shown = [a for a in arguments if not isinstance(a, SimpleNamespace)]
+            shown = [vars(a) if isinstance(a, Connection) else a for a in shown]  # not its place in memory
             shown += [(k, v) for k, v in sorted(named.items()) if not callable(v)]
             self.made.append(f"{name}{shown!r}")
             return answer(*arguments, **named) if callable(answer) else answer

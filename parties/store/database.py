@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ class DatabaseStore:
             check_private(file.parent)
             os.close(os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
             self._base = sqlite3.connect(file, timeout=10, isolation_level=None, check_same_thread=False)
+            weakref.finalize(self, self._base.close)  # where nobody closes it: the collector no longer does in silence
             for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
                 self._base.execute(f"PRAGMA {setting}")
             with locked(file.parent):
