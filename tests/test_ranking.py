@@ -198,6 +198,9 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
     "numbers beside": lambda y: (_beside(y, 3),),
     "the number beside the larger of two": lambda y: (_beside(y[:, 3:5], 1),),
     "renumbered": lambda y: (y.topk(3).indices.unsqueeze(-1) * 50 + torch.arange(-3, 3),),
+    "looked up side by side": lambda y: (
+        nn.functional.embedding(torch.stack([y.argmax(-1), y.argmin(-1)], -1), torch.arange(14.0).reshape(7, 2)),
+    ),
     "of clusters": lambda y: (_of_clusters(y),),
     "computed with": lambda y: (y.argmax(-1).float() * 0.5 + y[:, 0],),
 }

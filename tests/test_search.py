@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ from secure.models import index as index_module
 from secure.models.index import Index, build_index, read_index, write_index
 from secure.models.passages import Passage, TextDocument
 from secure.models.searcher import Searcher, read_record, records_of, shown
-from secure.models.settings import settings_of
+from secure.models.settings import TaskSettings, settings_of
 from secure.models.text import load_text_model
 from secure.mpc.compile import MpcModel
 from secure.mpc.program import part_of
@@ -208,6 +209,21 @@ def test_zeros_that_fill_up_a_cluster_are_no_passages(model: str, small_clusters
     (records,) = searcher(ids, mask)
     read = [read_record(each) for each in records if bool(each.any())]
     assert {each["id"] for each in read} <= {each.id for each in index.passages}
+
+
+def test_zeros_are_left_out_where_clusters_are_looked_into_and_nowhere_else() -> None:
+    table = records_of([Passage("a", 0, 0, 5, "words")], texts=False)
+    found = torch.cat([table, torch.zeros_like(table)]).double()
+
+    def read(records: Tensor, **settings: Any) -> list[dict[str, Any]]:
+        served: Any = SimpleNamespace(settings=TaskSettings(top=2, **settings))
+        return Search().joined([(records, None)], [], "", served)
+
+    assert [each["id"] for each in read(found, clusters=(1, 3))] == ["a"]
+    with pytest.raises(InvalidInput, match="no passage of an index"):
+        read(found)
+    with pytest.raises(InvalidInput, match="no passage of an index"):
+        read(found[:1], clusters=(1, 3))
 
 
 def judged(searcher: Searcher, ids: Tensor, rows: list[int], accept: float = 0.005) -> bool:

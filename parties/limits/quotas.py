@@ -121,7 +121,8 @@ class Quotas:
                 file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 os.close(os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
             self._base = sqlite3.connect(file or ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
-            weakref.finalize(self, self._base.close)  # where nobody closes it: the collector no longer does in silence
+            # where nobody closes it: the collector no longer does in silence. At the end threads may still use it
+            weakref.finalize(self, self._base.close).atexit = False
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute("PRAGMA synchronous = NORMAL")
             self._base.execute(

@@ -38,7 +38,8 @@ class DatabaseStore:
             check_private(file.parent)
             os.close(os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
             self._base = sqlite3.connect(file, timeout=10, isolation_level=None, check_same_thread=False)
-            weakref.finalize(self, self._base.close)  # where nobody closes it: the collector no longer does in silence
+            # where nobody closes it: the collector no longer does in silence. At the end threads may still use it
+            weakref.finalize(self, self._base.close).atexit = False
             for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
                 self._base.execute(f"PRAGMA {setting}")
             with locked(file.parent):

@@ -111,8 +111,8 @@ def _emit(e: Emitter, p: Primitive, bits: int, *, positions: bool, numbers: int 
     if numbers is not None:
         numbers = e.emit(local.Reshape((task.rows, entries), bits), numbers)
     if entries == 1:
-        zero = e.emit(local.MulConstant((task.rows, 1), bits, 0), values) if numbers is None else numbers
-        last = zero if positions else values
+        only = e.emit(local.MulConstant((task.rows, 1), bits, 0), values) if numbers is None else numbers
+        last = only if positions else values
     elif entries == 2 and kept == 1:
         last = _larger_of_two(e, task, values, numbers, positions=positions)
     else:

@@ -100,12 +100,13 @@ def _reach(to: Lowering, i: int) -> tuple[float, float]:
     elif node.op == "renumbered":
         ends = [end * float(node.attrs.get("step", 1)) for end in _reach(to, node.inputs[0])]
         known = to.known(node.inputs[1]) if len(node.inputs) > 1 else torch.zeros(1)
+        known = torch.zeros(1) if known.is_meta else known  # shapes alone: costs are counted
         low, high = min(ends) + float(known.min()), max(ends) + float(known.max())
     elif node.op == "largest_of":
         low, high = _reach(to, node.inputs[1])
-    elif OPERATIONS[node.op].moves and len(node.inputs) == 1:
-        low, high = _reach(to, node.inputs[0])
-        low, high = min(low, 0.0), max(high, 0.0)  # a move may put zeros beside them
+    elif OPERATIONS[node.op].moves:
+        lows, highs = zip(*(_reach(to, operand) for operand in node.inputs), strict=True)
+        low, high = min(*lows, 0.0), max(*highs, 0.0)  # a move may put zeros beside them
     else:
         raise UnsupportedOperation(f"{node.path or 'model'}: the range of whole numbers from {node.op} is not known")
     return low, high
