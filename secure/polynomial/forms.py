@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from approximations.fits import least_squares
 from approximations.norms import polynomial_layer_norm, polynomial_rms_norm
-from approximations.powers import power, power_error, power_pieces, power_scores, stable_powers, steps_for
+from approximations.power_sums import power_sums
+from approximations.powers import power, power_error, power_pieces, power_scores, steps_for
 from approximations.primitives import Piece
 from secure.errors import InvalidInput
 from secure.lowering.ranges import widened
@@ -163,37 +164,18 @@ class PowerAttention(Form):
         r = self.recipe
         if weights is not None and self.padded:
             value = value * (weights[..., -1:, :] > 0).to(value.dtype).transpose(-1, -2)
-        products = query @ key.transpose(-1, -2)
         if not self.frozen and self.weighed:
             raise InvalidInput("a decoder whose ranges are not frozen", "train it to the end, or freeze_untrained")
-        if not self.frozen:
-            scores = products * scaling
-            e, largest = stable_powers(scores, key_weights(weights, scores), r.exponent, r.offset)
-            total, least = e.sum(-1, keepdim=True), r.eps * largest**-r.exponent
-            self._watch(total + least, largest.log() * r.exponent)
-            return (e @ value) / (total + least)
         exporting = torch.compiler.is_exporting()
-        if exporting:  # the polynomial takes the factor too, so that products need not be multiplied
-            e = products
-            for piece in power_pieces(r.exponent, r.offset, scaling):
-                e = polynomial_operation(e, list(piece.coefficients), piece.centre)
+        if not self.frozen:
+            sums = power_sums(query, key, value, weights, r.exponent, r.offset, scaling, stable=True)
+            least = r.eps * sums.largest**-r.exponent
+            self._watch(sums.total + least, sums.largest.log() * r.exponent)
+            return (sums.numerator / (sums.total + least)).to(value.dtype)
+        if exporting or self.weighed:
+            total, numerator = self._in_whole(query @ key.transpose(-1, -2), value, weights, scaling)
         else:
-            e = power_scores(products, r.exponent, r.offset, scaling)
-        if weights is not None and self.weighed:
-            # a row of the weights is equal where it is not zero: its largest entry is 1 / keys. The product by it takes
-            # no round of its own, as the inverse takes longer; and values that are zero need no other mask
-            share = weights.amax(-1, keepdim=True)
-            e = e.tril(e.shape[-1] - e.shape[-2]).unsqueeze(-2)  # one opening for both products
-            total = (e @ weights.unsqueeze(-1)).squeeze(-1)
-            numerator = (e @ value.unsqueeze(-3)).squeeze(-2) * share
-        elif weights is None:
-            total, numerator = e.mean(-1, keepdim=True), e @ (value * (1.0 / value.shape[-2]))
-        elif weights.shape[-2] == 1:  # the same for all rows: weigh the values once
-            column = weights.transpose(-1, -2)
-            total, numerator = e @ column, e @ (value * column)
-        else:
-            weighted = e * weights
-            total, numerator = weighted.sum(-1, keepdim=True), weighted @ value
+            numerator, total, _ = power_sums(query, key, value, weights, r.exponent, r.offset, scaling)
         total = total + r.eps
         self._watch(total)
         bounds = (self.found["low"], self.found["high"], r.reciprocal_degree, self.found["steps"])
@@ -204,7 +186,33 @@ class PowerAttention(Form):
             inverse = self._mixed(total.float(), lambda t: power(t, -1.0, *bounds), lambda t: 1 / t)
         else:
             inverse = power(total, -1.0, *bounds)
-        return numerator * inverse
+        return (numerator * inverse).to(value.dtype)
+
+    def _in_whole(
+        self, products: Tensor, value: Tensor, weights: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the total and the numerator from the matrix of all products, as a Program computes them."""
+        r = self.recipe
+        if torch.compiler.is_exporting():
+            e = products  # not multiplied by the factor, which the polynomial takes
+            for piece in power_pieces(r.exponent, r.offset, scaling):
+                e = polynomial_operation(e, list(piece.coefficients), piece.centre)
+        else:
+            e = power_scores(products, r.exponent, r.offset, scaling)
+        if weights is not None and self.weighed:
+            # a row of the weights is equal where it is not zero: its largest entry is 1 / keys. The product by it takes
+            # no round of its own, as the inverse takes longer; and values that are zero need no other mask
+            share = weights.amax(-1, keepdim=True)
+            e = e.tril(e.shape[-1] - e.shape[-2]).unsqueeze(-2)  # one opening for both products
+            total = (e @ weights.unsqueeze(-1)).squeeze(-1)
+            return total, (e @ value.unsqueeze(-3)).squeeze(-2) * share
+        if weights is None:
+            return e.mean(-1, keepdim=True), e @ (value * (1.0 / value.shape[-2]))
+        if weights.shape[-2] == 1:  # the same for all rows: weigh the values once
+            column = weights.transpose(-1, -2)
+            return e @ column, e @ (value * column)
+        weighted = e * weights
+        return weighted.sum(-1, keepdim=True), weighted @ value
 
 
 @contextmanager
@@ -416,8 +424,3 @@ def freeze_untrained(model: nn.Module, run: Callable[[], object]) -> None:
 def described(model: nn.Module, recipe: Recipe) -> Recipe:
     """Return the recipe, completed by what the model's modules found."""
     return recipe.model_copy(update={"layers": {path: form.found for path, form in forms(model)}})
-
-
-def key_weights(weights: Tensor | None, scores: Tensor) -> Tensor:
-    """Return the weights of the keys, or equal ones if there are none."""
-    return scores.new_full((1,), 1.0 / scores.shape[-1]) if weights is None else weights

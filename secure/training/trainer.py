@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from approximations.powers import power_scores
+from approximations.power_sums import power_sums
 from secure.errors import Diverged, InvalidInput, RangeLost
 from secure.polynomial.forms import (
     SAMPLES,
@@ -34,7 +34,6 @@ from secure.polynomial.forms import (
     PowerAttention,
     described,
     forms,
-    key_weights,
 )
 from secure.polynomial.recipe import Recipe
 from secure.training.checkpoint import CHECKPOINT, read_about, read_state, write_checkpoint
@@ -375,16 +374,15 @@ def _arguments(group: Sequence[Form]) -> Iterator[dict[Form, list[Tensor]]]:
 def _start(form: Form, captured: list[Tensor]) -> None:
     """Set a module's scale and centre before the first step, from its own arguments."""
     if isinstance(form, PowerAttention):
-        totals: list[list[Tensor]] = []
-        for query, key, _, weights in zip(*(captured[i::4] for i in range(4)), strict=True):
-            scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
-            powers = power_scores(scores, form.recipe.exponent, form.recipe.offset) * key_weights(weights, scores)
-            totals.append([head.reshape(-1) for head in powers.sum(-1).unbind(1)])
+        r, totals = form.recipe, list[list[Tensor]]()
+        for query, key, value, weights in zip(*(captured[i::4] for i in range(4)), strict=True):
+            sums = power_sums(query, key, value, weights, r.exponent, r.offset, query.shape[-1] ** -0.5)
+            totals.append([head.reshape(-1) for head in sums.total.unbind(1)])
         medians = torch.stack([torch.cat(head).median() for head in zip(*totals, strict=True)])
-        if form.recipe.offset or form.scale_queries is None:
+        if r.offset or form.scale_queries is None:
             form.found = {"centre": float(medians.log().mean().exp())}
         else:
-            form.scale_queries(medians ** (-1 / form.recipe.exponent))
+            form.scale_queries(medians ** (-1 / r.exponent))
             form.found = {"centre": 1.0}
     else:
         variance = torch.cat([_spread(form, x).reshape(-1) for x in captured])
