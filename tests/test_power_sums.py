@@ -28,9 +28,10 @@ def quotient(sums: PowerSums, p: int) -> Tensor:
     return sums.numerator / (sums.total + EPS * sums.largest**-p)
 
 
-def tensors(rows: int, keys: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def tensors(rows: int, keys: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (2, 3, rows, 4), (2, 3, keys, 4), (2, 3, keys, 5)
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    query, key, value = (torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
+    return query, key, value
 
 
 def causal(rows: int, keys: int, padding: int) -> Tensor:
@@ -99,7 +100,8 @@ def test_powers_are_computed_in_32_bits_where_products_are_not() -> None:
     for ours, theirs in zip(*gradients, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 0.05
     with torch.no_grad():
-        lower = power_sums(*(x.bfloat16() for x in given_), weights, 4, 4.0, 0.5)
+        query, key, value = (x.bfloat16() for x in given_)
+        lower = power_sums(query, key, value, weights, 4, 4.0, 0.5)
     assert lower.numerator.dtype == torch.float32
 
 
