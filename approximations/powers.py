@@ -23,17 +23,20 @@ import torch
 from torch import Tensor
 
 from approximations.fits import minimax
-from approximations.primitives import Piece, Value, piecewise
+from approximations.primitives import Piece, Value, bounded, piecewise
 
 SERIES = {-1.0: (1.0, 1.0, 1.0, 1.0), -0.5: (1.0, 0.5, 0.375, 0.3125)}
 """The coefficients of (1 - e)^exponent, by exponent."""
 
 
-def polynomial(x: Value, piece: Piece) -> Value:
-    """Return piece(x) for every x; all powers of x come from one opening."""
+def polynomial(x: Value, piece: Piece, extra_bits: int = 0) -> Value:
+    """Return piece(x) for every x; all powers of x come from one opening.
+
+    extra_bits: more fraction bits in the result of a piece that is no line, or fewer.
+    """
     c = piece.coefficients
     if isinstance(x, Tensor) or len(c) > 2:
-        return piece(x) if isinstance(x, Tensor) else piecewise(x, [], [piece])
+        return piece(x) if isinstance(x, Tensor) else piecewise(x, [], [piece], extra_bits=extra_bits)
     slope = c[1] if len(c) == 2 else 0.0
     return x * slope + (c[0] - slope * piece.centre)
 
@@ -54,7 +57,7 @@ def power(
     """
     if not 0 < low < high:
         raise ValueError(f"a positive range is needed, got [{low:g}, {high:g}]")
-    start = starting(exponent, low, high, degree)
+    start, x = starting(exponent, low, high, degree), bounded(x, low, high)
     y = polynomial(x, start if steps else _times(start, scale))
     series = Piece(SERIES[exponent])
     e = _error(x, start) if exponent == -1.0 and steps else None
@@ -123,14 +126,14 @@ def _to_the(p: int, x: Tensor) -> Tensor:
 def power_pieces(p: int, shift: float, scale: float = 1.0) -> list[Piece]:
     """Return the power of ``power_scores`` as polynomials to apply one after the other.
 
-    64 bits hold the fourth power of a fixed-point number precisely enough, but not the sixth. Raises ValueError unless
-    p is even and positive.
+    64 bits hold the fourth power of a fixed-point number precisely enough, but not the sixth: that is the square of the
+    third. Raises ValueError unless p is even and positive.
     """
     if p < 2 or p % 2:
         raise ValueError(f"the power of Power-Softmax is even and positive, got {p}")
-    first = p if p <= 4 else 2
+    first = p if p <= 4 else p // 2
     pieces = [Piece((*(0.0,) * first, (scale / (shift or 1.0)) ** first), -shift / scale)]
-    return pieces if p == first else [*pieces, Piece((*(0.0,) * (p // 2), 1.0))]
+    return pieces if p == first else [*pieces, Piece((0.0, 0.0, 1.0))]
 
 
 def stable_powers(scores: Tensor, weights: Tensor, p: int, shift: float = 0.0) -> tuple[Tensor, Tensor]:

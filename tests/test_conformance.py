@@ -694,6 +694,22 @@ def lifted_product(s: Setup) -> Check:
     return exactly(x * y, ring)
 
 
+@case(tp.PolynomialProduct)
+def polynomial_product(s: Setup) -> Check:
+    wide, shape, degree = s.number("wide", 4, 64), s.shape(), s.number("degree", 1, 5)
+    of_x = s.draw(st.sampled_from([shape, shape[-1:], (*shape[:-1], 1)]), "other")
+    a, x, agreed = lifted(s, of_x, wide)
+    ring = s.number("ring", max(4, agreed + 1), wide)
+    powers = s.add(tp.LiftedPowers(of_x, wide, agreed, s.number("powers", degree, 6)), a)
+    b, y, also = (
+        (a, x, agreed) if of_x == shape and s.draw(st.booleans(), "itself") else lifted(s, shape, ring, name="y")
+    )
+    coefficients = tuple(s.number("coefficient", -(2**63), 2**63 - 1) for _ in range(degree + 1))
+    centre = s.number("centre", -(2**20), 2**20)
+    s.add(tp.PolynomialProduct(shape, ring, agreed, also, centre, coefficients), a, powers, b)
+    return exactly(y * sum((c * (x - centre) ** j for j, c in enumerate(coefficients)), np.zeros(of_x, object)), ring)
+
+
 @case(tp.Compare)
 def compare(s: Setup) -> Check:
     width, shape = s.number("width", 2, 64), s.shape()

@@ -224,6 +224,7 @@ def test_every_record_is_of_a_primitive() -> None:
         "keep",
         "mul_public",
         "power",
+        "polynomial_product",
         "perturbed",
         "real",
         "top_indices",

@@ -124,6 +124,8 @@ def scenes() -> Iterator[tuple[str, Scene]]:
         yield f"lifted_powers-{ring}", Scene(tp.LiftedPowers(shape, ring, narrow, 3), ring, -far, far - 1)
         lifted = tp.LiftedProduct(shape, ring, narrow, narrow)
         yield f"lifted_product-{ring}", Scene(lifted, ring, -far, far - 1, second=True)
+        fused = tp.PolynomialProduct(shape, ring, narrow, narrow, 1, (3, -1, 5, 1))
+        yield f"polynomial_product-{ring}", Scene(fused, ring, -far, far - 1, second=True)
         yield f"select-{ring}", Scene(tp.Select(shape, ring, (1, 0, -3), (0, 5, 1)), ring, low, high, bits=3)
         yield f"extend-{ring}", Scene(tp.Extend(shape, ring - 1, 64), ring - 1, low // 4, high // 4)
         compare = tp.Compare(shape, ring, min(4, ring - 10), (0, 3))
@@ -191,6 +193,8 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
             operands.append(index)
     if protocol.kind == "product" and not scene.second:
         operands *= 2
+    if isinstance(protocol, tp.PolynomialProduct):
+        operands.insert(1, add(tp.LiftedPowers(shape, ring, protocol.agreed_x, protocol.degree), operands[0]))
     add(protocol, *operands)
     return circuit, inputs, weights if protocol.kind == "linear" else {}
 

@@ -5,7 +5,7 @@ linear        products with weights that the server holds: deliver, linear
 extension     extend shares from a narrow ring to a wider one
 lift          the same opening in a wider ring, for elementwise products and powers
 product       elementwise and matrix products of opened secrets
-polynomial    powers and public polynomials of one opened secret
+polynomial    powers and public polynomials of one opened secret, and their products with another
 bitproducts   (helper) products of up to four secret bits in one round
 comparison    compare an opened secret with public thresholds
 selection     secret bits times an opened secret: piecewise linear functions; bits to numbers
@@ -41,7 +41,7 @@ from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
 from protocols.two_party.noise import Gumbel, ScaledGumbel
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
-from protocols.two_party.polynomial import Polynomial, Powers
+from protocols.two_party.polynomial import Polynomial, PolynomialProduct, Powers
 from protocols.two_party.product import Product
 from protocols.two_party.ranking import OpenedPairs, Placed, PlacedPositions, Ranks
 from protocols.two_party.rounding import Quotient
@@ -77,6 +77,7 @@ __all__ = [
     "Placed",
     "PlacedPositions",
     "Polynomial",
+    "PolynomialProduct",
     "Powers",
     "Product",
     "Publish",

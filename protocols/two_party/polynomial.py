@@ -9,16 +9,17 @@ Seen by the server: its corrections of r^2, ..., r^d, masked by the client's sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from protocols import kernels, ring
-from protocols.fields import Degree, Residue, Residues, Ring, Shape
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
-from protocols.two_party.lift import LiftedPowers
+from protocols.fields import Bits, Degree, Residue, Residues, Ring, Shape
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, broadcast, bytes_of
+from protocols.two_party.lift import Lift, LiftedPowers
 from protocols.wire import Wire
 
 
@@ -108,3 +109,116 @@ class Polynomial(Protocol):
         for c in reversed(self.coefficients):
             total = total * v + ring.wrap(c)
         return total
+
+
+@dataclass(frozen=True)
+class PolynomialProduct(Protocol):
+    """[y sum_j coefficients[j] (x - centre)^j] modulo 2^ring, with broadcasting, of lifted openings of x and of y.
+
+    The polynomial need not be opened before it is multiplied: as y = w - s and x = z - r, with v = z - centre, it is
+    sum_i (-1)^i B_i(v) (w r^i - r^i s) for the public B_i of ``polynomial``, and the dealer gives shares of r^i s. r and
+    s each are one of two representatives of their masks (``lift``), of which the dealer gives shares of all products.
+    The operands are x, its ``LiftedPowers``, and y. agreed_x, agreed_y: see ``LiftedProduct``.
+    Rounds 0; offline, for a = agreed_x and b = agreed_y, (len(coefficients) - 1) w / 8 bytes an output element to the
+    server for each w among ring, ring - a, ring - b and ring - a - b that is positive. Exact modulo 2^ring.
+    """
+
+    kind: ClassVar[str] = "polynomial_product"
+    reads: ClassVar[tuple[str, ...]] = ("lifted", "powers", "lifted")
+    shape: Shape  # of the result
+    ring: Ring
+    agreed_x: Bits
+    agreed_y: Bits
+    centre: Residue
+    coefficients: Residues
+
+    @property
+    def degree(self) -> int:
+        return len(self.coefficients) - 1
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    def validate(self) -> None:
+        if max(self.agreed_x, self.agreed_y) >= self.ring:
+            raise ValueError(f"{self.agreed_x} and {self.agreed_y} bits agree in a ring of {self.ring}")
+        if not self.degree:
+            raise ValueError("a polynomial of degree zero")
+
+    def check_operands(self, operands: Sequence[Protocol]) -> None:
+        x, powers, y = operands
+        for lift, agreed in ((x, self.agreed_x), (y, self.agreed_y)):
+            if isinstance(lift, Lift) and lift.agreed != agreed:
+                raise ValueError(f"representatives that agree in {lift.agreed} bits, read as if in {agreed}")
+        if isinstance(powers, LiftedPowers) and (powers.degree < self.degree or powers.agreed != self.agreed_x):
+            raise ValueError(f"powers up to {powers.degree} whose representatives agree in {powers.agreed} bits")
+        if powers.out.shape != x.out.shape:
+            raise ValueError(f"powers of shape {powers.out.shape} of an opening of shape {x.out.shape}")
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        return broadcast(operands[0], operands[2])
+
+    @property
+    def _terms(self) -> Iterator[tuple[str, int, int]]:
+        """Each dealt product: its name, the power of the mask of x, and the bits of its ring."""
+        for i in range(1, self.degree + 1):
+            for name, known in (
+                ("rr", 0),
+                ("tr", self.agreed_x),
+                ("rt", self.agreed_y),
+                ("tt", self.agreed_x + self.agreed_y),
+            ):
+                if known < self.ring:
+                    yield f"{name}{i}", i, self.ring - known
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return tuple(Draw(name, self.shape, bits, derived=True) for name, _, bits in self._terms)
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        (upper_x, lower_x), _, (upper_y, lower_y) = operands
+        top_y = ring.right(upper_y - lower_y, self.agreed_y)
+        found, high, low = {}, upper_x, lower_x
+        for i in range(1, self.degree + 1):
+            top_x = ring.right(high - low, self.agreed_x)
+            factors = {"rr": (high, upper_y), "tr": (top_x, upper_y), "rt": (high, top_y), "tt": (top_x, top_y)}
+            found |= {f"{name}{i}": a * b for name, (a, b) in factors.items()}
+            high, low = high * upper_x, low * lower_x
+        return {name: found[name] for name, _, _ in self._terms}, None
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        x, (z, powers), y = operands
+        of_x, of_y = x.lower.expand(self.shape), y.lower.expand(self.shape)
+
+        def by_x(name: str, i: int) -> torch.Tensor:
+            """Return shares of the product of the power that was chosen with a factor of y."""
+            top = material.get(f"t{name}{i}")
+            share = material[f"r{name}{i}"]
+            return share if top is None else kernels.chosen(share, top, of_x, self.agreed_x)
+
+        v = z - ring.wrap(self.centre)
+        total = self._factor(v, 0) * (y.value - y.mask if party == SERVER else -y.mask)
+        for i in range(1, self.degree + 1):
+            both = kernels.chosen(by_x("r", i), by_x("t", i), of_y, self.agreed_y)
+            total = total + self._factor(v, i) * (powers[i - 1] * y.value - both)
+        return total
+        yield
+
+    def _factor(self, v: torch.Tensor, i: int) -> torch.Tensor:
+        """Return (-1)^i B_i(v), which the polynomial has before r^i."""
+        total = torch.zeros_like(v)
+        for j in range(self.degree, i - 1, -1):
+            total = total * v + ring.wrap((-1) ** i * math.comb(j, i) * self.coefficients[j])
+        return total
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        x, _, y = operands
+        v = x - ring.wrap(self.centre)
+        total = torch.zeros_like(v)
+        for c in reversed(self.coefficients):
+            total = total * v + ring.wrap(c)
+        return total * y
+
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=sum(bytes_of(self.shape, bits) for _, _, bits in self._terms))

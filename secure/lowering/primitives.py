@@ -188,6 +188,7 @@ PRIMITIVES: dict[str, Meaning] = {
         Meaning("offset", lambda p, w, x: x[0] + p.attrs["value"], _shifted),
         Meaning("scale", lambda p, w, x: x[0] * p.attrs["value"], _scaled),
         Meaning("mul", lambda p, w, x: x[0] * x[1], _of_product, multiplies=True),
+        Meaning("polynomial_product", lambda p, w, x: x[0] * p.attrs["piece"](x[1]), _of_product, multiplies=True),
         Meaning("mul_public", lambda p, w, x: x[0] * x[1], _of_product, multiplies=True),
         Meaning("keep", lambda p, w, x: F.pad(x[0], (0, 0, p.attrs["rows"], 0)), _with_zero),
         Meaning("matmul", lambda p, w, x: x[0] @ x[1], _within_reach),

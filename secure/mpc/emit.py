@@ -4,7 +4,8 @@ The width of a ring is a level, like the modulus in CKKS. A product of scales f 
 m + f + g + 2 bits. Truncation removes f fraction bits by narrowing the ring; ``Extend`` (one round, one bit per element
 each way) widens the ring again.
 
-Two passes over the trace ask the record of each primitive in ``RULES``:
+Products with polynomials are computed at once where that spares a round (``fused``). Two passes over the trace ask the
+record of each primitive in ``RULES``:
 
 1. ``Plan`` walks backwards and notes what the readers of a value need: the ring it must have (``base``), the ring
    that would spare its readers extensions of their own (``wish``), the ring in which it is opened, the ring to which
@@ -29,7 +30,7 @@ from secure.errors import InvalidInput, UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
 from secure.lowering.trace import Trace
-from secure.mpc import arithmetic, lookup, noise, nonlinear, powers, ranking, softmax
+from secure.mpc import arithmetic, fused, lookup, noise, nonlinear, powers, ranking, softmax
 from secure.mpc.emitter import Emitter
 from secure.mpc.plan import Plan, Planning, nothing
 from secure.mpc.prices import DEFAULT, Prices
@@ -103,6 +104,7 @@ RULES: dict[str, Emission] = {
     "top_of": Emission(ranking.numbered_needs, emit=ranking.emit_numbers),
     "perturbed": Emission(noise.needs, noise.reach, keeps_scale=True, emit=noise.emit),
     "units": Emission(lookup.needs, lookup.reach, emit=lookup.emit),
+    "polynomial_product": Emission(fused.needs, fused.reach, emit=fused.emit),
     "real": Emission(arithmetic.local_needs, arithmetic.local_reach, emit=arithmetic.emit_same),
     "top_values": Emission(ranking.needs, keeps_scale=True, emit=ranking.emit_values),
 }
@@ -144,11 +146,14 @@ def emit(
     Raises UnsupportedOperation (shares cannot compute a primitive; names the module) and DoesNotFit (no ring can hold
     a value).
     """
-    rules = [_rule(p) for p in trace.primitives]
-    e = Emitter(Plan(trace, ranges, fixed, outputs, rules, prices, kept), clamps, checked=checked)
-    for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
-        e.path = p.path
-        e.settle(i, rule.emit(e, i, p))
+    plan = _planned(trace, ranges, fixed, outputs, prices, kept)
+    if (changed := fused.fuse(plan, outputs)) is not trace:
+        trace, plan = changed, _planned(changed, ranges, fixed, outputs, prices, kept)
+    e = Emitter(plan, clamps, checked=checked)
+    for i, p in enumerate(trace.primitives):
+        if not plan.unread(i):
+            e.path = p.path
+            e.settle(i, _rule(p).emit(e, i, p))
     revealed = []
     for i in outputs:
         shape, value = trace.primitives[i].shape, e.get(i, 0)
@@ -164,6 +169,17 @@ def emit(
         )
     watched = e.watch.finish()
     return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed), watched)
+
+
+def _planned(
+    trace: Trace,
+    ranges: Ranges,
+    fixed: FixedPoint,
+    outputs: Sequence[int],
+    prices: Prices,
+    kept: Mapping[str, int] | None,
+) -> Plan:
+    return Plan(trace, ranges, fixed, outputs, [_rule(p) for p in trace.primitives], prices, kept)
 
 
 def _rule(p: Primitive) -> Emission:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from protocols.fixedpoint import FixedPoint
+from protocols.fixedpoint import LEAST_FRACTION, FixedPoint
 from protocols.ring import WORD
 from secure.errors import DoesNotFit, UnsupportedOperation
 from secure.lowering.primitives import Primitive
@@ -132,11 +132,19 @@ class Plan:
                 rule.note(self, p)
         for i in outputs:
             self.base[i] = self.own(i)
+        self._outputs = frozenset(outputs)
         for i in reversed(range(n)):
             p = trace.primitives[i]
+            if self.unread(i):
+                continue
             for x, need in zip(p.inputs, rules[i].needs(self, i, p), strict=True):
                 self._demand(x, need)
                 self.readers[x].append(i)
+
+    def unread(self, i: int) -> bool:
+        """True if nothing reads value i, so that it need not be computed."""
+        known = self.readers[i] or i in self._outputs
+        return not known and self.trace.primitives[i].op not in ("input", "keep")
 
     def _fraction(self, p: Primitive, rule: Planning) -> int:
         if rule.keeps_scale:
@@ -149,7 +157,7 @@ class Plan:
         if p.attrs.get("public"):
             return self.fixed.weight_fraction_bits
         f = 0 if p.attrs.get("integer") else self.fixed.fraction_bits
-        return f + int(p.attrs.get("extra", 0))
+        return max(f + int(p.attrs.get("extra", 0)), min(f, LEAST_FRACTION))
 
     def _demand(self, x: int, need: Need) -> None:
         self.base[x] = max(self.base[x], min(need.base, WORD))

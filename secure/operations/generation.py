@@ -17,6 +17,10 @@ from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol
 
 
+ROW_WISE = ("layer_norm", "rms_norm", "polynomial_norm", "polynomial_rms_norm")
+"""Normalizations, which are as good before the last rows are taken as behind."""
+
+
 @torch.library.custom_op("unseen::keep", mutates_args=())
 def keep_operation(x: Tensor, name: str, rows: int) -> Tensor:
     """Put ``rows`` rows of zeros before those of x, in place of the rows that earlier queries kept as ``name``."""
@@ -63,6 +67,10 @@ def last_rows(x: Tensor, /, *, count: int) -> Tensor:
 
 @last_rows.aten("last_rows.default", namespace="unseen", structural=True)
 def _(b: Builder, x: Value, count: int) -> Value:
+    """Take rows before a normalization, not behind it: then layers that read it find it where it was."""
+    if isinstance(x, Node) and x.op in ROW_WISE:
+        source, *parameters = (b.nodes[i] for i in x.inputs)
+        return b.shared(x.op, b.shared("last_rows", source, count=count), *parameters, **x.attrs)
     return b.shared("last_rows", x, count=count)
 
 

@@ -33,20 +33,20 @@ def _check_range(to: Lowering, node: Node) -> None:
 
 
 @operation("polynomial", polynomial=True)
-def polynomial(x: Tensor, /, *, coefficients: Sequence[float], centre: float) -> Tensor:
-    """Compute sum_j coefficients[j] (x - centre)^j."""
+def polynomial(x: Tensor, /, *, coefficients: Sequence[float], centre: float, spare: int = 0) -> Tensor:
+    """Compute sum_j coefficients[j] (x - centre)^j. spare: the fraction bits that its readers can do without."""
     return Piece(tuple(coefficients), centre)(x)
 
 
 @polynomial.aten("polynomial.default", namespace="unseen")
-def _(b: Builder, x: Value, coefficients: Sequence[float], centre: float) -> Value:
-    return b.shared("polynomial", x, coefficients=list(coefficients), centre=centre)
+def _(b: Builder, x: Value, coefficients: Sequence[float], centre: float, spare: int = 0) -> Value:
+    return b.shared("polynomial", x, coefficients=list(coefficients), centre=centre, spare=spare)
 
 
 @polynomial.lower
 def _(to: Lowering, node: Node) -> Symbol:
     piece = Piece(tuple(node.attrs["coefficients"]), float(node.attrs["centre"]))
-    result: Symbol = approximations.polynomial(to.symbol(node.inputs[0]), piece)
+    result: Symbol = approximations.polynomial(to.symbol(node.inputs[0]), piece, -int(node.attrs.get("spare", 0)))
     return result
 
 

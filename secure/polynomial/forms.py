@@ -32,6 +32,7 @@ from secure.polynomial.operations import (
 from secure.polynomial.recipe import Recipe
 
 SAMPLES = 1 << 18  # arguments of an activation on which its polynomial is fitted
+SPARE = 4  # fraction bits that powers, numbers of one and more on the average of a row, have less than all else
 RANGE_ROOM = 2.0  # factor by which a frozen range reaches beyond the arguments seen
 
 
@@ -196,7 +197,7 @@ class PowerAttention(Form):
         if torch.compiler.is_exporting():
             e = products  # not multiplied by the factor, which the polynomial takes
             for piece in power_pieces(r.exponent, r.offset, scaling):
-                e = polynomial_operation(e, list(piece.coefficients), piece.centre)
+                e = polynomial_operation(e, list(piece.coefficients), piece.centre, SPARE)
         else:
             e = power_scores(products, r.exponent, r.offset, scaling)
         if weights is not None and self.weighed:

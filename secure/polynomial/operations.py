@@ -11,8 +11,8 @@ from approximations.primitives import Piece
 
 
 @torch.library.custom_op("unseen::polynomial", mutates_args=())
-def polynomial_operation(x: Tensor, coefficients: list[float], centre: float) -> Tensor:
-    """Compute sum_j coefficients[j] (x - centre)^j."""
+def polynomial_operation(x: Tensor, coefficients: list[float], centre: float, spare: int = 0) -> Tensor:
+    """Compute sum_j coefficients[j] (x - centre)^j. spare: the fraction bits that its readers can do without."""
     return torch.as_tensor(polynomial(x, Piece(tuple(coefficients), centre))).clone()
 
 
@@ -39,7 +39,7 @@ def rms_norm_operation(
 
 
 @polynomial_operation.register_fake
-def _(x: Tensor, coefficients: list[float], centre: float) -> Tensor:
+def _(x: Tensor, coefficients: list[float], centre: float, spare: int = 0) -> Tensor:
     return torch.empty_like(x)
 
 
