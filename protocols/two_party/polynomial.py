@@ -115,10 +115,10 @@ class Polynomial(Protocol):
 class PolynomialProduct(Protocol):
     """[y sum_j coefficients[j] (x - centre)^j] modulo 2^ring, with broadcasting, of lifted openings of x and of y.
 
-    The polynomial need not be opened before it is multiplied: as y = w - s and x = z - r, with v = z - centre, it is
-    sum_i (-1)^i B_i(v) (w r^i - r^i s) for the public B_i of ``polynomial``, and the dealer gives shares of r^i s. r and
-    s each are one of two representatives of their masks (``lift``), of which the dealer gives shares of all products.
-    The operands are x, its ``LiftedPowers``, and y. agreed_x, agreed_y: see ``LiftedProduct``.
+    The polynomial need not be opened before it is multiplied. For y = w - s, x = z - r and v = z - centre, the product
+    is sum_i (-1)^i B_i(v) (w r^i - r^i s) with the polynomials B_i = sum_{j>=i} C_j binom(j, i) v^(j-i), and the dealer
+    gives shares of r^i s. r and s each are one of two representatives of a mask (``lift``), and the dealer gives shares
+    of all four products. The operands are x, its ``LiftedPowers``, and y. agreed_x, agreed_y: see ``LiftedProduct``.
     Rounds 0; offline, for a = agreed_x and b = agreed_y, (len(coefficients) - 1) w / 8 bytes an output element to the
     server for each w among ring, ring - a, ring - b and ring - a - b that is positive. Exact modulo 2^ring.
     """
@@ -179,7 +179,7 @@ class PolynomialProduct(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (upper_x, lower_x), _, (upper_y, lower_y) = operands
         top_y = ring.right(upper_y - lower_y, self.agreed_y)
-        found, high, low = {}, upper_x, lower_x
+        found, high, low = dict[str, Any](), upper_x, lower_x
         for i in range(1, self.degree + 1):
             top_x = ring.right(high - low, self.agreed_x)
             factors = {"rr": (high, upper_y), "tr": (top_x, upper_y), "rt": (high, top_y), "tt": (top_x, top_y)}

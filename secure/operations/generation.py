@@ -16,7 +16,6 @@ from secure.capture.operation import operation
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol
 
-
 ROW_WISE = ("layer_norm", "rms_norm", "polynomial_norm", "polynomial_rms_norm")
 """Normalizations, which are as good before the last rows are taken as behind."""
 
