@@ -196,7 +196,9 @@ class PowerAttention(Form):
         r = self.recipe
         if torch.compiler.is_exporting():
             e = products  # not multiplied by the factor, which the polynomial takes
-            for piece in power_pieces(r.exponent, r.offset, scaling):
+            for number, piece in enumerate(power_pieces(r.exponent, r.offset, scaling)):
+                if number and self.weighed:  # keys behind a query are no part of the result, and may be far larger
+                    e = e.tril(e.shape[-1] - e.shape[-2])
                 e = polynomial_operation(e, list(piece.coefficients), piece.centre, SPARE)
         else:
             e = power_scores(products, r.exponent, r.offset, scaling)
