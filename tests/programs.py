@@ -85,6 +85,12 @@ def every_protocol() -> bytes:
     shape, bits = (d["instructions"][share][1][k] for k in ("shape", "ring"))
     opening = next(n for n, i in enumerate(d["instructions"]) if i[0] == "open")
     opened = {k: d["instructions"][opening][1][k] for k in ("shape", "ring")}
+    powers = next(n for n, i in enumerate(d["instructions"]) if i[0] == "lifted_powers")
+    raised, (lift,) = d["instructions"][powers][1:3]
+    fused = {
+        **{k: raised[k] for k in ("shape", "ring")},
+        **{"agreed_x": raised["agreed"], "agreed_y": raised["agreed"], "centre": 1, "coefficients": [3, -1, 5]},
+    }
     doubled = [2 * opened["shape"][0], *opened["shape"][1:]]
     more = {
         "digit_in": ["digit_in", {**opened, "shift": opened["ring"] - 5, "count": 9}, [opening], 0],
@@ -104,6 +110,7 @@ def every_protocol() -> bytes:
         "opened_expand": ["opened_expand", {**opened, "shape": [2, *opened["shape"]]}, [opening], 0],
         "opened_permute": ["opened_permute", {**opened, "dims": list(range(len(doubled)))}, [opening], 0],
         "opened_reshape": ["opened_reshape", {**opened, "shape": [1, *opened["shape"]]}, [opening], 0],
+        "polynomial_product": ["polynomial_product", fused, [lift, powers, lift], 0],
         "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
         "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
