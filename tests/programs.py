@@ -89,7 +89,10 @@ def every_protocol() -> bytes:
     raised, (lift,) = d["instructions"][powers][1:3]
     fused = {
         **{k: raised[k] for k in ("shape", "ring")},
-        **{"agreed_x": raised["agreed"], "agreed_y": raised["agreed"], "centre": 1, "coefficients": [3, -1, 5]},
+        "agreed_x": raised["agreed"],
+        "agreed_y": raised["agreed"],
+        "centre": 1,
+        "coefficients": [3, -1, 5],
     }
     doubled = [2 * opened["shape"][0], *opened["shape"][1:]]
     more = {
