@@ -183,7 +183,7 @@ RULES: dict[str, CiphertextRule] = {
         lambda p, x, w: x[0].scaled(p.attrs["value"]), chain=_scaled, unit=lambda p, unit: unit / abs(p.attrs["value"])
     ),
     "piecewise": CiphertextRule(chain=_polynomial),
-    "bounded": CiphertextRule(lambda p, x, w: x[0], unit=_same),
+    "bounded": CiphertextRule(lambda p, x, w: x[0], chain=lambda p, x: x[0], unit=_same),
     "reshape": CiphertextRule(lambda p, x, w: x[0].reshaped(p.shape), unit=_same),
     "expand": CiphertextRule(lambda p, x, w: x[0].broadcast(p.shape), unit=_same),
     "permute": CiphertextRule(
