@@ -151,7 +151,9 @@ class PolynomialProduct(Protocol):
         for lift, agreed in ((x, self.agreed_x), (y, self.agreed_y)):
             if isinstance(lift, Lift) and lift.agreed != agreed:
                 raise ValueError(f"representatives that agree in {lift.agreed} bits, read as if in {agreed}")
-        if isinstance(powers, LiftedPowers) and (powers.degree < self.degree or powers.agreed != self.agreed_x):
+        if not isinstance(powers, LiftedPowers):
+            raise ValueError(f"powers of an opening that is not lifted, of '{powers.kind}'")
+        if powers.degree < self.degree or powers.agreed != self.agreed_x:
             raise ValueError(f"powers up to {powers.degree} whose representatives agree in {powers.agreed} bits")
         if powers.out.shape != x.out.shape:
             raise ValueError(f"powers of shape {powers.out.shape} of an opening of shape {x.out.shape}")
@@ -179,13 +181,16 @@ class PolynomialProduct(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (upper_x, lower_x), _, (upper_y, lower_y) = operands
         top_y = ring.right(upper_y - lower_y, self.agreed_y)
-        found, high, low = dict[str, Any](), upper_x, lower_x
-        for i in range(1, self.degree + 1):
-            top_x = ring.right(high - low, self.agreed_x)
-            factors = {"rr": (high, upper_y), "tr": (top_x, upper_y), "rt": (high, top_y), "tt": (top_x, top_y)}
-            found |= {f"{name}{i}": a * b for name, (a, b) in factors.items()}
+        powers, high, low = [(upper_x, upper_x)], upper_x, lower_x
+        for _ in range(self.degree):
+            powers.append((high, ring.right(high - low, self.agreed_x)))
             high, low = high * upper_x, low * lower_x
-        return {name: found[name] for name, _, _ in self._terms}, None
+
+        def product(name: str, i: int) -> torch.Tensor:
+            of_x, of_y = powers[i][name[0] == "t"], (upper_y, top_y)[name[1] == "t"]
+            return torch.as_tensor(of_x * of_y)
+
+        return {name: product(name, i) for name, i, _ in self._terms}, None
 
     def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
         x, (z, powers), y = operands

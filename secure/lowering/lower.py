@@ -135,8 +135,9 @@ class Lowering:
 
     An operation leaves notes for the operations that read its result:
 
-    - ``units``: results of normalizations before their weight and bias, by node: the rows that readers multiply by
-      their weight, and the column by which they multiply that product, or None (see ``normalized``);
+    - ``units``: results of normalizations before their weight and bias, by node, or the last rows of these: the rows
+      that readers multiply by their weight, the column by which they multiply that product, or None, and the
+      normalization (see ``normalized``);
     - ``scores``: the argument of a softmax, by node, if its only reader is a product that divides by the sums itself;
     - ``absorbed``: nodes that multiply by a number which the preceding linear layer has taken into its weights.
     """
@@ -164,7 +165,7 @@ class Lowering:
         self.embedding, self.functions, self.public = embedding, functions, public
         operations = [OPERATIONS[node.op] for node in graph.nodes if node.visibility == "shared"]
         self.compares = any(o.compares for o in operations) or not any(o.polynomial for o in operations)
-        self.units: dict[int, tuple[Symbol, Symbol | None]] = {}
+        self.units: dict[int, tuple[Symbol, Symbol | None, Node]] = {}
         self.scores: dict[int, Symbol] = {}
         self.absorbed: set[int] = set()
         self._parameters = parameters
@@ -375,12 +376,13 @@ class Lowering:
         openings of their results. It is done where a round is worth those bytes, and the column is not so large that it
         would multiply the results' rounding; then, if all readers are such layers, nobody reads what this returns.
         """
-        readers = self.readers(node)
+        readers = [r for reader in self.readers(node) for r in self._behind_last_rows(reader)]
         layers = [r for r in readers if OPERATIONS[r.op].takes_affine]
         alone = len(layers) == len(readers) > 0 and node.id not in self.graph.outputs
-        late = column is not None and bool(layers) and self._comes_late(node, sum(r.shape[-1] for r in layers))
+        results = sum(r.shape[-1] * self._most_rows[r.id] for r in layers)
+        late = column is not None and bool(layers) and self._comes_late(node, results)
         unit = rows if column is None or (late and alone) else rows * column
-        self.units[node.id] = (rows, column) if late else (unit, None)
+        self.units[node.id] = (rows, column, node) if late else (unit, None, node)
         if alone:
             return unit
         # an absent weight is one, an absent bias zero
@@ -388,12 +390,18 @@ class Lowering:
         bias = self.weight(node.inputs[2]) if len(node.inputs) > 2 else 0.0
         return unit * weight + bias
 
+    def _behind_last_rows(self, reader: Node) -> list[Node]:
+        """Return the readers of a reader that takes the last rows of a text; else itself."""
+        if reader.op != "last_rows" or reader.id in self.graph.outputs:
+            return [reader]
+        return self.readers(reader)
+
     def _comes_late(self, node: Node, opened: int) -> bool:
-        """True if the column of a normalization comes late, for layers with so many results a row together."""
+        """True if the column of a normalization comes late, for layers with so many results together."""
         low, high = self.measured(node)
         top = min(1.0, high) if self.compares else 1.0  # smaller rows are brought up to it
         column = math.sqrt(top / low) if low > 0 else math.inf
-        return opened * self._most_rows[node.id] * OPENED <= self._late_bytes > 0 and column <= LARGEST_COLUMN
+        return opened * OPENED <= self._late_bytes > 0 and column <= LARGEST_COLUMN
 
 
 def _float64(value: Tensor | Callable[[], Tensor]) -> Tensor:

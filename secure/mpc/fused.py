@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from approximations.primitives import Piece
 from protocols import two_party as tp
 from protocols.protocol import count
@@ -24,7 +26,8 @@ from secure.mpc.plan import Need, Plan, opened
 from secure.mpc.share import Share
 
 _UNITS = 1.25  # of the polynomial's last place: what rounding may add to it
-_ROW = 2.0**-7  # of its largest value: what rounding may change one number a row by, as a whole row errs alike
+_ROW = 2.0**-7  # what rounding may change one number a row by, in parts of it, as a whole row errs alike
+_POINTS = 257  # at which a polynomial is looked at
 
 
 def fuse(plan: Plan, outputs: Iterable[int]) -> Trace:
@@ -38,6 +41,8 @@ def fuse(plan: Plan, outputs: Iterable[int]) -> Trace:
         if p.op != "piecewise" or p.attrs["knots"] or y in revealed or not plan.readers[y]:
             continue
         products = dict(_products(plan, y, p))
+        if changed.keys() & products.keys():  # products of two polynomials, of which one is opened
+            continue
         if len(products) == len(set(plan.readers[y])) and _pays(plan, y, p, products.values()):
             changed |= products
     if not changed:
@@ -55,13 +60,14 @@ def _products(plan: Plan, of: int, p: Primitive) -> Iterator[tuple[int, Primitiv
         others = [operand for operand in reader.inputs if operand != of]
         if reader.op != "mul" or len(others) != 1 or others[0] in plan.kept:
             continue
-        curve = _curve(plan, x, piece)
+        curve, units = _curve(plan, x, piece), _UNITS * 2.0 ** -plan.fraction[of]
+        form = _form(plan, i, others[0], x, curve, units)
+        if form is None or max(plan.own(x), plan.own(others[0])) >= WORD:
+            continue
         a_row = p.shape[-1:] == (1,) and reader.shape[-1] > 1
-        allowed = max(_UNITS * 2.0 ** -plan.fraction[of], _ROW * curve.largest if a_row else 0.0)
-        form = _form(plan, i, others[0], x, curve, _UNITS * 2.0 ** -plan.fraction[of])
-        if form is not None and form.rounding <= allowed:
-            attrs = {**reader.attrs, "piece": piece, "curve": curve, "reads": form.reads, "scale": form.scale}
-            yield i, replace(reader, op="polynomial_product", inputs=(others[0], x), attrs=attrs)
+        if form.rounding <= units or (a_row and _of_a_row(plan, x, curve, form) <= _ROW):
+            attrs = {"piece": piece, "curve": curve, "polynomial": of, "reads": form.reads, "scale": form.scale}
+            yield i, replace(reader, op="polynomial_product", inputs=(others[0], x), attrs={**reader.attrs, **attrs})
 
 
 def _pays(plan: Plan, of: int, p: Primitive, products: Iterable[Primitive]) -> bool:
@@ -74,8 +80,7 @@ def _pays(plan: Plan, of: int, p: Primitive, products: Iterable[Primitive]) -> b
 def _curve(plan: Plan, x: int, piece: Piece) -> Curve:
     """Return the polynomial on the range of its argument."""
     likely, reach = plan.ranges.likely(x), 2.0 ** plan.ranges.bits(x)
-    promised = meaning(plan.trace.primitives[x]).promised is not None
-    return Curve.of(piece, *(likely if promised else (-reach, reach)), likely=likely)
+    return Curve.of(piece, *(likely if _promised(plan, x) else (-reach, reach)), likely=likely)
 
 
 class _Form(NamedTuple):
@@ -102,14 +107,30 @@ def _form(plan: Plan, i: int, y: int, x: int, curve: Curve, allowed: float) -> _
     return min(found, key=lambda form: (max(form.rounding, allowed), form.scale)) if most > 0 else None
 
 
+def _of_a_row(plan: Plan, x: int, curve: Curve, form: _Form) -> float:
+    """Return a bound of the error in parts of the polynomial, where its argument is promised to be."""
+    if not _promised(plan, x):
+        return math.inf
+    at = torch.linspace(-curve.near, curve.near, _POINTS, dtype=torch.float64)
+    slope = Piece(tuple(j * c for j, c in enumerate(curve.coefficients))[1:])(at).abs()
+    read = 0.0 if form.reads == plan.fraction[x] else 2.0**-form.reads
+    error = slope * read + curve.coarseness(form.reads) * 2.0**-form.scale
+    return float((error / Piece(curve.coefficients)(at).abs()).max())
+
+
+def _promised(plan: Plan, x: int) -> bool:
+    return meaning(plan.trace.primitives[x]).promised is not None
+
+
 def _scale(plan: Plan, p: Primitive) -> int:
     """Return the fraction bits of a product before truncation."""
     return int(p.attrs["scale"]) + plan.fraction[p.inputs[0]]
 
 
 def _ring(plan: Plan, i: int, p: Primitive) -> int:
-    scale = _scale(plan, p)
-    return max(plan.fitting(i, scale), min(WORD, plan.want(i) + scale - plan.fraction[i]))
+    """Return the ring of a product before truncation, wider than the openings that are lifted to it."""
+    scale, lifted = _scale(plan, p), 1 + max(map(plan.own, p.inputs))
+    return max(plan.fitting(i, scale), lifted, min(WORD, plan.want(i) + scale - plan.fraction[i]))
 
 
 def needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:

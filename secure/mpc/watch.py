@@ -92,18 +92,23 @@ def _digit(plan: Plan, i: int) -> tuple[int, int, int]:
 def _ends(plan: Plan, i: int) -> tuple[float, float, float, float] | None:
     """Return the ends that value i may have: the lowest, calibration's own two, and the highest. None: its whole range.
 
-    The first and the last are where a polynomial that reads it reaches 3 times what its result's ring holds.
+    The first and the last are where a polynomial that reads it reaches 3 times what its result's ring holds, which is
+    then noticed; or just what its ring would hold, if nobody sees the polynomial alone (``fused``).
     """
     (low, high), reach = plan.ranges.seen(i), plan.ranges.magnitude(i)
     ends = [-reach, reach]
     for j in plan.readers[i]:
         p = plan.trace.primitives[j]
-        if p.op != "piecewise" or p.attrs["knots"]:
+        if p.op == "polynomial_product" and p.inputs[1] == i:
+            of, piece, times = p.attrs["polynomial"], p.attrs["piece"], 1
+        elif p.op == "piecewise" and not p.attrs["knots"]:
+            of, piece, times = j, p.attrs["pieces"][0], 3
+        else:
             continue
-        most = 3 * 2.0 ** (plan.own(j) - 2 - plan.fraction[j]) / ROUNDED
+        most = times * 2.0 ** (plan.own(of) - 2 - plan.fraction[of]) / ROUNDED
         for side, end in enumerate(ends):
             x = torch.linspace(0.0, end, _STEPS + 1, dtype=torch.float64)
-            beyond = (p.attrs["pieces"][0](x).abs() > most).nonzero()
+            beyond = (piece(x).abs() > most).nonzero()
             ends[side] = end if not len(beyond) else float(x[max(0, int(beyond[0]) - 1)])
     if ends == [-reach, reach]:
         return None

@@ -16,9 +16,6 @@ from secure.capture.operation import operation
 from secure.lowering.lower import Lowering
 from secure.lowering.trace import Symbol
 
-ROW_WISE = ("layer_norm", "rms_norm", "polynomial_norm", "polynomial_rms_norm")
-"""Normalizations, which are as good before the last rows are taken as behind."""
-
 
 @torch.library.custom_op("unseen::keep", mutates_args=())
 def keep_operation(x: Tensor, name: str, rows: int) -> Tensor:
@@ -66,15 +63,18 @@ def last_rows(x: Tensor, /, *, count: int) -> Tensor:
 
 @last_rows.aten("last_rows.default", namespace="unseen", structural=True)
 def _(b: Builder, x: Value, count: int) -> Value:
-    """Take rows before a normalization, not behind it: then layers that read it find it where it was."""
-    if isinstance(x, Node) and x.op in ROW_WISE:
-        source, *parameters = (b.nodes[i] for i in x.inputs)
-        return b.shared(x.op, b.shared("last_rows", source, count=count), *parameters, **x.attrs)
     return b.shared("last_rows", x, count=count)
 
 
 @last_rows.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    x = to.symbol(node.inputs[0])
+    count = int(node.attrs["count"])
+    if (unit := to.units.get(node.inputs[0])) is not None:  # layers take a normalization's weight behind them, too
+        rows, column, of = unit
+        to.units[node.id] = (_last(rows, count), None if column is None else _last(column, count), of)
+    return _last(to.symbol(node.inputs[0]), count)
+
+
+def _last(x: Symbol, count: int) -> Symbol:
     rank = len(x.shape)
-    return x.slice(rank - 2, x.shape[-2] - int(node.attrs["count"]), x.shape[-2])
+    return x.slice(rank - 2, x.shape[-2] - count, x.shape[-2])

@@ -45,9 +45,9 @@ def _(to: Lowering, node: Node) -> Symbol:
     if source in to.units:
         # the server gets the normalized value once, for the normalization's own weight and for this layer: it saves
         # two rounds
-        (x, column), suffix = to.units[source], f"{suffix}*%{to.numbers[source]}"
-        scale, shift = to.affine(to.graph.nodes[source])
-        of = (*of, *to.graph.nodes[source].inputs[1:])
+        (x, column, normalization), suffix = to.units[source], f"{suffix}*%{to.numbers[source]}"
+        scale, shift = to.affine(normalization)
+        of = (*of, *normalization.inputs[1:])
     else:
         x = to.symbol(source)
 
