@@ -312,6 +312,7 @@ def test_misfits_are_refused(how: str) -> None:
         (tp.LiftedPowers(EIGHT, 20, 20, 2), 1),
         (tp.LiftedProduct(EIGHT, 64, 20, 21), 2),
         (tp.LiftedProduct((7,), 64, 20, 20), 2),
+        (tp.PolynomialProduct(EIGHT, 64, 20, 20, 0, (1, 2)), 3),  # of what is no powers
     ],
 )
 def test_readers_of_a_lifted_opening_know_it(protocol: Protocol, reads: int) -> None:
@@ -321,6 +322,23 @@ def test_readers_of_a_lifted_opening_know_it(protocol: Protocol, reads: int) -> 
     check([*lifted, Instruction(tp.LiftedProduct(EIGHT, RING, 20, RING), (7, 6))], {})
     with pytest.raises(CircuitError, match="instruction 8 "):
         check([*lifted, Instruction(protocol, (7,) * reads)], {})
+
+
+def test_a_product_with_a_polynomial_reads_powers_that_are_lifted() -> None:
+    """As many as it has, of representatives that agree in as many bits."""
+    lifted = [*OPENED, Instruction(tp.Lift(EIGHT, 20, 0, 64), (1,))]
+    product = Instruction(tp.PolynomialProduct(EIGHT, 64, 20, 20, 0, (1, 2, 3)), (7, 8, 7))
+    check([*lifted, Instruction(tp.LiftedPowers(EIGHT, 64, 20, 2), (7,)), product], {})
+    for powers in (
+        Instruction(tp.LiftedPowers(EIGHT, 64, 20, 1), (7,)),
+        Instruction(tp.Powers(EIGHT, RING, 4), (1,)),
+    ):
+        with pytest.raises(CircuitError, match="instruction 9 "):
+            check([*lifted, powers, product], {})
+    for agreed in ((21, 20), (20, 19)):
+        wrong = Instruction(tp.PolynomialProduct(EIGHT, 64, *agreed, 0, (1, 2, 3)), (7, 8, 7))
+        with pytest.raises(CircuitError, match="instruction 9 "):
+            check([*lifted, Instruction(tp.LiftedPowers(EIGHT, 64, 20, 2), (7,)), wrong], {})
 
 
 @settings(deadline=None, max_examples=30)

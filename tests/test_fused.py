@@ -119,3 +119,38 @@ def test_it_has_its_price(round_bytes: int) -> None:
     x, column = arguments(4, rows=64, width=256)
     prices = Prices(round_bytes=round_bytes)
     assert ("polynomial_product" in kinds(run_function(product, x, column, prices=prices))) == bool(round_bytes)
+
+
+def test_a_polynomial_of_a_value_without_a_promise_is_held_to_its_last_place() -> None:
+    """What its ring can hold beside what was seen is many times as large, and says nothing of the values that come."""
+    series = Piece((1.0, 1.0, 0.5, 1 / 6, 1 / 24, 1 / 120, 1 / 720))
+
+    def grown(rows: Any, column: Any) -> Any:
+        return rows * polynomial(column, series)
+
+    x, _ = arguments(5)
+    column = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    run = run_function(grown, x, column)
+    assert "polynomial_product" not in kinds(run)
+    assert float((run.result - run.floating).abs().max()) < 0.03 * float(run.floating.abs().max())
+
+
+def test_a_ring_is_wider_than_what_is_lifted_to_it() -> None:
+    def narrow(rows: Any, column: Any) -> Any:
+        return rows * polynomial(bounded(column, 0.0, 2.0**-5), Piece((0.0, 2.0**-6, 2.0**-7)))
+
+    column = torch.linspace(0, 2.0**-5, 5, dtype=torch.float64)[:, None]
+    rows = torch.linspace(-256, 256, 40, dtype=torch.float64).reshape(5, 8)
+    run = run_function(narrow, rows, column, fixed_point=FixedPoint(fraction_bits=8))
+    assert float((run.result - run.floating).abs().max()) < 256 * 2.0**-7
+
+
+def test_the_product_of_two_polynomials() -> None:
+    """One of them is opened, and the other not."""
+
+    def squared(x: Any, y: Any) -> Any:
+        return root(x) * root(y)
+
+    _, x = arguments(6)
+    run = run_function(squared, x, x.flip(0), fixed_point=FixedPoint(fraction_bits=12))
+    assert float((run.result - run.floating).abs().max()) < 0.05

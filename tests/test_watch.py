@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secure
-from approximations import Piece
+from approximations import Piece, power
 from protocols import bits, kernels, ring
 from protocols import two_party as tp
 from protocols.circuit import Instruction
@@ -23,7 +23,7 @@ from secure import InvalidInput, InvalidProgram, OutOfRange, Program
 from secure.cost.circuit_profile import checks_price
 from secure.deployments.deployment import CompileOptions
 from secure.mpc.watch import PLACES, place_of
-from secure.polynomial.operations import polynomial_operation
+from secure.polynomial.operations import polynomial_operation, power_operation
 from tests.helpers import run_circuit, shared_bits
 
 DEPLOYMENTS = [secure.TwoParty(), secure.ThreeParty()]
@@ -422,3 +422,38 @@ def test_a_polynomial_is_never_wrong_within_its_arguments_margin(name: str, marg
                 continue
             assert abs(found - wanted) <= 0.02 + 0.02 * abs(wanted), (x, found, wanted)
     assert noticed or margin == 1
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_the_argument_of_a_polynomial_that_nobody_sees_is_noticed(narrow: bool) -> None:
+    """A product with a polynomial of one number a row is computed at once; its factor alone is never opened."""
+    low, high = (0.2, 5.0) if narrow else (0.1, 10.0)
+
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.column = nn.Linear(8, 8, bias=False), nn.Linear(1, 1, bias=False)
+            nn.init.eye_(self.rows.weight)
+            nn.init.ones_(self.column.weight)
+
+        def forward(self, rows: Tensor, column: Tensor) -> Tensor:
+            out: Tensor = self.rows(rows) * power_operation(self.column(column), -0.5, low, high, 3, 0)
+            return out
+
+    rows = torch.linspace(-3, 3, 8)[None]
+    samples = [{"rows": rows * sign, "column": torch.tensor([[c]])} for sign in (1, -1) for c in (low, 1.0, high)]
+    fixed = secure.FixedPoint(fraction_bits=12)
+    compiled = secure.compile(Divided(), samples[0], calibration=samples, fixed_point=fixed)
+    assert "polynomial_product" in [i.protocol.kind for i in compiled.program.circuit]
+    noticed = 0
+    with secure.insecure_in_process(compiled) as session:
+        for at in [low, 1.0, high, *torch.linspace(0.05, 1.99 * high, 40).tolist()]:
+            wanted = rows * power(torch.tensor([[at]]), -0.5, low, high)
+            try:
+                found = session.query({"rows": rows, "column": torch.tensor([[at]])})
+            except (OutOfRange, InvalidInput):
+                assert not low <= at <= high, at
+                noticed += 1
+                continue
+            assert float((found - wanted).abs().max()) <= 0.02 * float(wanted.abs().max()) + 0.02, at
+    assert noticed
