@@ -8,7 +8,7 @@ primitives    the operations that values must offer: piecewise polynomials, expo
 fits          minimax polynomials (Remez exchange), least squares
 division      reciprocal and inverse square root by range reduction
 powers        forms without comparisons: polynomials, inverse powers, Power-Softmax
-power_sums    the sums of Power-Softmax for training, block by block
+power_blocks  the sums of Power-Softmax for training, block by block
 norms         layer_norm, rms_norm, l2_normalize
 puma          the published forms of PUMA, for comparison
 activations   relu, gelu, tanh, sigmoid, silu, abs
@@ -29,7 +29,7 @@ from approximations.norms import (
     rms_norm,
     rms_norm_factors,
 )
-from approximations.power_sums import power_sums
+from approximations.power_blocks import power_sums
 from approximations.powers import polynomial, power, power_attend, power_scores
 from approximations.primitives import Piece, exp_below, maximum, piecewise, row_bound
 from approximations.softmax import attend, softmax

@@ -130,6 +130,7 @@ ARITHMETIC = {
         "linear",
         "matmul",
         "mul",
+        "polynomial_product",
         "mul_public",
         "mul_weight",
         "keep",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from approximations import power_sums
-from approximations.power_sums import ROWS, PowerSums
+from approximations import power_blocks, power_sums
+from approximations.power_blocks import ROWS, PowerSums
 
 EPS = 0.1
 
@@ -49,20 +51,24 @@ def causal(rows: int, keys: int, padding: int) -> Tensor:
     st.sampled_from([2, 4, 6, 8]),
     st.sampled_from([0.0, 4.0]),
     st.booleans(),
+    st.sampled_from([1, power_blocks.SCORES]),
     st.integers(0, 1 << 30),
 )
 def test_sums_and_gradients_are_those_of_whole_matrices(
-    rows: int, more: int, padding: int, p: int, shift: float, stable: bool, seed: int
+    rows: int, more: int, padding: int, p: int, shift: float, stable: bool, scores: int, seed: int
 ) -> None:
+    """Whether a block has rows of one text or of all."""
     torch.manual_seed(seed)
     given_ = tensors(rows, rows + more)
     weights = causal(rows, rows + more, min(padding, rows + more - 1))
     wanted = plain(*given_, weights, p, shift, 0.5)
     upwards = torch.randn_like(wanted)
     gradients = torch.autograd.grad(wanted, given_, upwards)
-    found = quotient(power_sums(*given_, weights, p, shift, 0.5, stable=stable), p)
+    with patch.object(power_blocks, "SCORES", scores):
+        found = quotient(power_sums(*given_, weights, p, shift, 0.5, stable=stable), p)
+        ours_ = torch.autograd.grad(found, given_, upwards)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
-    for ours, theirs in zip(torch.autograd.grad(found, given_, upwards), gradients, strict=True):
+    for ours, theirs in zip(ours_, gradients, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-9 * float(theirs.abs().max().clamp_min(1)))
 
 

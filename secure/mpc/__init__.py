@@ -10,6 +10,7 @@ emitter      the circuit in the making
 arithmetic   inputs, products, sums, shapes
 nonlinear    piecewise polynomials, comparisons, maxima
 pieces       their curved pieces: lines taken from them, fraction bits, rings
+fused        products with polynomials that nobody opens
 powers       inverse powers, by dealt tables
 noise        values plus noise that nobody knows, for samples
 ranking      the largest entries of rows, and where they stand

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from approximations.fits import least_squares
 from approximations.norms import polynomial_layer_norm, polynomial_rms_norm
-from approximations.power_sums import power_sums
+from approximations.power_blocks import power_sums
 from approximations.powers import power, power_error, power_pieces, power_scores, steps_for
 from approximations.primitives import Piece
 from secure.errors import InvalidInput

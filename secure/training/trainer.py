@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from approximations.power_sums import power_sums
+from approximations.power_blocks import power_sums
 from secure.errors import Diverged, InvalidInput, RangeLost
 from secure.polynomial.forms import (
     SAMPLES,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 64  # of each head in a block on a processor, whose cache is small
+ROWS, SCORES = 64, 1 << 17  # the most in a block on a processor, whose cache is small; rows are of each head
 
 
 class PowerSums(NamedTuple):
@@ -69,7 +69,7 @@ class _Sums(torch.autograd.Function):
         numerator = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
         total = torch.empty((*query.shape[:-1], 1), dtype=query.dtype, device=query.device)
         largest = torch.ones_like(total)
-        for at, seen in _blocks(weights):
+        for at, seen in _blocks(weights, query.shape[1]):
             x = _bases(query[at], key[at[0], :, :seen], factor, one)
             if stable:
                 largest[at] = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_min(1e-6)
@@ -90,7 +90,7 @@ class _Sums(torch.autograd.Function):
         of_numerator, of_total = grads[:2]
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         with torch.autocast(query.device.type, enabled=ctx.mixed):
-            for at, seen in _blocks(weights):
+            for at, seen in _blocks(weights, query.shape[1]):
                 keys = at[0], slice(None), slice(seen)
                 x = _bases(query[at], key[keys], factor, one)
                 if stable:
@@ -109,7 +109,7 @@ def _whole(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _blocks(weights: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], int]]:
+def _blocks(weights: Tensor, heads: int) -> Iterator[tuple[tuple[slice, slice, slice], int]]:
     """Yield the places of each block, as slices of batch, heads and rows, and how many keys its rows see at most.
 
     weights: (B, 1, T, L).
@@ -122,8 +122,10 @@ def _blocks(weights: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], int]]
     last = ((weights[:, 0] != 0) * places).amax(-1)  # (B, T)
     for start in range(0, rows, ROWS):
         ends = last[:, start : start + ROWS].amax(-1).tolist()
-        for of in range(batch):
-            yield (slice(of, of + 1), slice(None), slice(start, start + ROWS)), max(1, ends[of])
+        together = max(1, SCORES // (heads * min(ROWS, rows) * keys))
+        for of in range(0, batch, together):
+            seen = max(1, *ends[of : of + together])
+            yield (slice(of, of + together), slice(None), slice(start, start + ROWS)), seen
 
 
 def _bases(query: Tensor, key: Tensor, factor: float, one: float) -> Tensor:
