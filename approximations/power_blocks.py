@@ -42,7 +42,7 @@ def power_sums(
 
     query: (B, H, T, d); key, value: (B, H, L, d). weights: (B, 1, 1 or T, L), zero where masked; None for 1 / L.
     stable: divide x by the largest magnitude of its row, which no gradient goes through: it changes a quotient of the
-    sums in nothing but how large a power may be. PowerSums are computed in 32 bits if the tensors have fewer.
+    sums in nothing but how large a power may be. Powers are computed in 32 bits if the tensors have fewer.
     """
     if weights is None:
         weights = query.new_full((1, 1, 1, key.shape[-2]), 1.0 / key.shape[-2])
@@ -80,7 +80,8 @@ class _Sums(torch.autograd.Function):
         ctx.mark_non_differentiable(largest)
         ctx.save_for_backward(query, key, value, weights, largest)
         ctx.form = p, factor, one, stable
-        ctx.mixed = torch.is_autocast_enabled(query.device.type)
+        kind = query.device.type  # the way back is not within the context that chose the type of products
+        ctx.mixed = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         return numerator, total, largest
 
     @staticmethod
@@ -89,7 +90,7 @@ class _Sums(torch.autograd.Function):
         p, factor, one, stable = ctx.form
         of_numerator, of_total = grads[:2]
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        with torch.autocast(query.device.type, enabled=ctx.mixed):
+        with torch.autocast(query.device.type, **ctx.mixed):
             for at, seen in _blocks(weights, query.shape[1]):
                 keys = at[0], slice(None), slice(seen)
                 x = _bases(query[at], key[keys], factor, one)
