@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from protocols.two_party import Open, Publish, Recall
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.generator import written
 from secure.errors import InputTooLong, InvalidInput, InvalidProgram, UnsupportedOperation
+from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.program import Program
 from secure.operations.generation import keep_operation
 from tests.test_program import compiled_encoder
@@ -87,6 +89,31 @@ def test_twenty_tokens_are_those_of_floating_point(name: str, deployment: str) -
             assert found[tuple(prompt)] == continued(decoder(name), prompt, 20)
             assert [report.length for report in session.reports[-20:]] == [8 if len(prompt) > 4 else 4] + [1] * 19
     assert len({token for text in found.values() for token in text}) > 5, "the model says too little to tell"
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "norm"), [("llama", "lm_head", "norm"), ("gpt2", "transformer.wte", "transformer.ln_f")]
+)
+def test_the_head_takes_the_last_normalization_behind_the_last_rows(name: str, head: str, norm: str) -> None:
+    """It has the normalization's weight in its own, and the root comes late: a prompt's and a step's."""
+    for size in compiled(name).sizes:
+        weights = {split_weight_key(key)[0] for key in size.program.weight_shapes}
+        (folded,) = (weight for weight in weights if weight.startswith(f"model.{head}.weight.T"))
+        assert "*%" in folded
+        assert f"model.{norm}.weight" not in weights
+
+
+def test_ranges_of_the_last_normalization_are_those_of_all_rows() -> None:
+    """A row before the last of calibration's is as good a witness of what another text's last row may be."""
+    model, loud = copy.deepcopy(decoder("llama")), 7
+    with torch.no_grad():
+        direction = model.model.embed_tokens.weight[loud] / model.model.embed_tokens.weight[loud].norm()
+        model.lm_head.weight.sub_(torch.outer(model.lm_head.weight @ direction, direction))  # logits stay as they are
+        model.model.embed_tokens.weight[loud] *= 40
+    texts = [[loud, *range(10, 10 + CAPACITY // 2)]]
+    made = secure.compile_generator(model, prompt=4, capacity=CAPACITY, calibration=texts)
+    with secure.insecure_in_process(made) as session:
+        assert len(list(session.generate([1, 2, loud], 1, ignore_end=True))) == 1
 
 
 SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -386,6 +413,7 @@ def test_programs_are_read_without_the_compiler_of_torch(name: str) -> None:
     """It takes seconds, and torch imports it for operations that it has in Python on the device "meta"."""
     code = """
 import sys
+from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.program import Program
 for line in sys.stdin.buffer:
     Program.from_bytes(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from approximations import power_blocks, power_sums
 from approximations.power_blocks import ROWS, PowerSums
@@ -109,6 +111,31 @@ def test_powers_are_computed_in_32_bits_where_products_are_not() -> None:
         query, key, value = (x.bfloat16() for x in given_)
         lower = power_sums(query, key, value, weights, 4, 4.0, 0.5)
     assert lower.numerator.dtype == torch.float32
+
+
+class Products(TorchDispatchMode):
+    """Notes the types of matrices that are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = set[torch.dtype]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
+            self.types |= {x.dtype for x in args}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_on_the_way_back_have_the_type_of_those_there(dtype: torch.dtype) -> None:
+    """The way back is not within the context that chose it."""
+    torch.manual_seed(0)
+    given_ = tensors(40, 40, torch.float32)
+    with torch.autocast("cpu", dtype):
+        sums = power_sums(*given_, None, 4, 4.0, 0.5)
+    with Products() as products:
+        torch.autograd.grad(sums.numerator.sum() + sums.total.sum(), given_)
+    assert products.types == {dtype}
 
 
 def test_no_matrix_of_scores_is_kept() -> None:

@@ -172,6 +172,7 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
     "row_bound": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "inverse_power": lambda c, p, w, x: inverse_power(c, x, p.attrs),
     "power": lambda c, p, w, x: power(x, p.attrs),
+    "polynomial_product": lambda c, p, w, y, x: y * polynomial(x, p.attrs["piece"]),
     "maximum": lambda c, p, w, x: x.max(-1, keepdim=True)[0],
     "bounded": lambda c, p, w, x: x,
     "take": lambda c, p, w, x: taken(c, x, p.attrs),

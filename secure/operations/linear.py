@@ -39,15 +39,16 @@ def layer(b: Builder, x: Value, weight: Value, bias: Value = None) -> Value:
 def _(to: Lowering, node: Node) -> Symbol:
     """Fold the weight and bias of a preceding normalization, and a factor that follows, into the layer's own."""
     (source, matrix, *others), factor = node.inputs, _following_factor(to, node)
-    column: Symbol | None = None
     suffix = f"*{factor:.17g}" if factor != 1.0 else ""
-    scale, shift, of = None, None, node.inputs[1:]
+    folded, scale, shift, column, of = "", None, None, None, node.inputs[1:]
     if source in to.units:
         # the server gets the normalized value once, for the normalization's own weight and for this layer: it saves
         # two rounds
-        (x, column, normalization), suffix = to.units[source], f"{suffix}*%{to.numbers[source]}"
+        x, column, normalization = to.units[source]
+        folded, of = f"*%{to.numbers[source]}", (*of, *normalization.inputs[1:])
         scale, shift = to.affine(normalization)
-        of = (*of, *normalization.inputs[1:])
+        if column is None and scale is not None and _looked_up(to, matrix):
+            x, scale = x * to.weight(normalization.inputs[1]), None  # one round, and the table is there once
     else:
         x = to.symbol(source)
 
@@ -64,13 +65,19 @@ def _(to: Lowering, node: Node) -> Symbol:
 
     rows, columns = to.graph.nodes[matrix].shape
     shape = (rows,) if shift is not None else to.graph.nodes[others[0]].shape if others else ()
-    out = x.linear(to.weight(matrix, ".T" + suffix, weight, (columns, rows), of))
+    turned = ".T" + suffix + (folded if scale is not None else "")
+    out = x.linear(to.weight(matrix, turned, weight, (columns, rows), of))
     out = out if column is None else out * column
     if not others and shift is None:
         return out
-    key = others[0] if others and source not in to.units else matrix
+    key = others[0] if others and not folded else matrix
     # a folded bias depends on the weight and takes the weight's name, as layers with other weights may share the bias
-    return out + to.weight(key, (".bias" if key == matrix else "") + suffix, bias, shape, of)
+    return out + to.weight(key, (".bias" if key == matrix else "") + suffix + folded, bias, shape, of)
+
+
+def _looked_up(to: Lowering, matrix: int) -> bool:
+    """True if the rows of a matrix are looked up as well, as where a model's head is its table of tokens."""
+    return any(reader.op in ("embedding", "looked_up") for reader in to.readers(to.graph.nodes[matrix]))
 
 
 def _following_factor(to: Lowering, node: Node) -> float:
