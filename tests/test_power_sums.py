@@ -116,9 +116,7 @@ def test_powers_are_computed_in_32_bits_where_products_are_not() -> None:
 class Products(TorchDispatchMode):
     """Notes the types of matrices that are multiplied."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.types = set[torch.dtype]()
+    types: set[torch.dtype]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function._overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
@@ -133,7 +131,9 @@ def test_products_on_the_way_back_have_the_type_of_those_there(dtype: torch.dtyp
     given_ = tensors(40, 40, torch.float32)
     with torch.autocast("cpu", dtype):
         sums = power_sums(*given_, None, 4, 4.0, 0.5)
-    with Products() as products:
+    products = Products()
+    products.types = set()
+    with products:
         torch.autograd.grad(sums.numerator.sum() + sums.total.sum(), given_)
     assert products.types == {dtype}
 
