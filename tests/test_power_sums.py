@@ -131,7 +131,7 @@ def test_products_on_the_way_back_have_the_type_of_those_there(dtype: torch.dtyp
     given_ = tensors(40, 40, torch.float32)
     with torch.autocast("cpu", dtype):
         sums = power_sums(*given_, None, 4, 4.0, 0.5)
-    products = Products()
+    products = Products()  # type: ignore[no-untyped-call]
     products.types = set()
     with products:
         torch.autograd.grad(sums.numerator.sum() + sums.total.sum(), given_)
