@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import secure
 from benchmarks.generation import growth, step_cost
-from protocols.two_party import Open, Publish, Recall
+from protocols.two_party import Keep, Open, Publish, Recall
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.generator import written
 from secure.errors import InputTooLong, InvalidInput, InvalidProgram, UnsupportedOperation
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.program import Program
 from secure.operations.generation import keep_operation
+from tests.helpers import run_function
 from tests.test_program import compiled_encoder
 
 transformers = pytest.importorskip("transformers")
@@ -397,6 +398,19 @@ def test_what_is_kept_is_for_products() -> None:
         secure.compile(Squares(3, 3), {"input": torch.ones(1, 2, 3)})
 
 
+@pytest.mark.parametrize(("spare", "fewer"), [(1, 1), (4, 4), (99, 8)])
+def test_what_is_kept_can_do_without_fraction_bits(spare: int, fewer: int) -> None:
+    """The openings of a product are as much narrower, and eight bits are left."""
+    torch.manual_seed(0)
+    x, rings = torch.rand(2, 3, dtype=torch.float64), []
+    for extra in (0, -spare):
+        run = run_function(lambda x, extra=extra: x @ x.keep("keys", 0, extra).permute((1, 0)), x)
+        (ring,) = (i.protocol.ring for i in run.circuit if isinstance(i.protocol, Keep))
+        rings.append(ring)
+    assert rings[1] == rings[0] - fewer
+    assert float((run.result - x @ x.mT).abs().max()) < 3 * 2.0 ** (fewer - 16)
+
+
 @pytest.mark.parametrize("approximations", ["default", "puma"])
 def test_a_step_of_long_rows_and_a_short_prompt_are_one_model(approximations: str) -> None:
     """Above 540 scores the reciprocal of a row's sum has another form: then all sizes have it."""
@@ -413,7 +427,6 @@ def test_programs_are_read_without_the_compiler_of_torch(name: str) -> None:
     """It takes seconds, and torch imports it for operations that it has in Python on the device "meta"."""
     code = """
 import sys
-from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.program import Program
 for line in sys.stdin.buffer:
     Program.from_bytes(line)

@@ -158,10 +158,13 @@ class Symbol:
         """Multiply by an input that is no secret, elementwise."""
         return self._two("mul_public", other)
 
-    def keep(self, name: str, rows: int) -> Symbol:
-        """Keep the value as an opening for later queries; the result has ``rows`` rows of earlier ones before it."""
+    def keep(self, name: str, rows: int, extra_bits: int = 0) -> Symbol:
+        """Keep the value as an opening for later queries; the result has ``rows`` rows of earlier ones before it.
+
+        extra_bits: how many fraction bits it has more than the value.
+        """
         shape = (*self.shape[:-2], rows + self.shape[-2], self.shape[-1])
-        return self.trace.record("keep", (self,), shape, name=name, rows=rows)
+        return self.trace.record("keep", (self,), shape, name=name, rows=rows, extra=extra_bits)
 
     def sum(self, dim: int | Sequence[int], keepdim: bool = False) -> Symbol:
         dims = tuple(sorted(d % len(self.shape) for d in ([dim] if isinstance(dim, int) else dim)))

@@ -18,7 +18,7 @@ from secure.capture.graph import MASKED, POSITIONS
 from secure.errors import InputTooLong, InvalidInput
 from secure.operations.generation import keep_operation, last_rows_operation
 from secure.operations.sampling import sample
-from secure.polynomial.forms import forms, weighed_values
+from secure.polynomial.forms import SPARE, forms, weighed_values
 from secure.polynomial.swap import seen_keys
 
 TOKENS, MASK, TEMPERATURE = "input_ids", "attention_mask", "temperature"
@@ -38,13 +38,17 @@ class _Rows:
 
     is_compileable = False
 
-    def __init__(self, rows: int, own: Tensor | None) -> None:
-        """own: (1, 1, n, 1), by which values are multiplied before they are kept; None: they are kept as they are."""
-        self._rows, self._own = rows, own
+    def __init__(self, rows: int, own: Tensor | None, spare: int) -> None:
+        """own: (1, 1, n, 1), by which values are multiplied before they are kept; None: they are kept as they are.
+
+        spare: the fraction bits that values can do without.
+        """
+        self._rows, self._own, self._spare = rows, own, spare
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         values = values if self._own is None else values * self._own
-        return keep_operation(keys, f"{layer}.keys", self._rows), keep_operation(values, f"{layer}.values", self._rows)
+        kept = keep_operation(values, f"{layer}.values", self._rows, self._spare)
+        return keep_operation(keys, f"{layer}.keys", self._rows), kept
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self._rows
@@ -77,8 +81,8 @@ class Decoder(nn.Module):
         model: Any = self.model
         attention_mask = attention_mask.to(model.dtype)  # of a mapped checkpoint, its own
         rows = attention_mask.shape[-1] - input_ids.shape[-1]
-        own = None  # of a model in polynomial form: which of these tokens are no padding, as the last row of masks says
-        if self.padded and any(forms(self.model)):
+        own, polynomial = None, any(forms(self.model))
+        if self.padded and polynomial:  # which of these tokens are no padding, as the last row of masks says
             own = seen_keys(attention_mask[..., -1:, rows:], model.dtype).transpose(-1, -2)
         count, head = input_ids.shape[-1] if rows else 1, model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, given: (last_rows_operation(given[0], count), *given[1:]))
@@ -88,7 +92,7 @@ class Decoder(nn.Module):
                     input_ids=input_ids,
                     position_ids=position_ids,
                     attention_mask=attention_mask,
-                    past_key_values=_Rows(rows, own),
+                    past_key_values=_Rows(rows, own, SPARE if polynomial else 0),
                     use_cache=False,
                 )
         finally:

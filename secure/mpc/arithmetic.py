@@ -209,8 +209,13 @@ def emit_public(e: Emitter, i: int, p: Primitive) -> Share:
 
 
 def keep_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    ring = _kept_ring(plan, i)
+    ring = _kept_ring(plan, i) + _rounded(plan, i, p)
     return (Need(ring, ring),)
+
+
+def _rounded(plan: Plan, i: int, p: Primitive) -> int:
+    """Return the fraction bits that are dropped before what is kept is opened."""
+    return plan.fraction[p.inputs[0]] - plan.fraction[i]
 
 
 def _kept_ring(plan: Plan, i: int) -> int:
@@ -225,7 +230,9 @@ def emit_keep(e: Emitter, i: int, p: Primitive) -> Share:
     """Emit the opening of the new rows, behind those of earlier queries if there are any."""
     ring, (x,), name, rows = _kept_ring(e.plan, i), p.inputs, e.plan.kept[i], p.attrs["rows"]
     shape = e.trace.primitives[x].shape
-    found = e.emit(tp.Keep(shape, ring, name), e.emit(tp.Open(shape, ring), e.get(x, ring).index))
+    drop = _rounded(e.plan, i, p)
+    value = e.truncate(e.get(x, ring + drop), shape, drop)
+    found = e.emit(tp.Keep(shape, ring, name), e.emit(tp.Open(shape, ring), value.index))
     if rows:
         earlier = e.emit(tp.Recall((*shape[:-2], rows, shape[-1]), ring, name))
         found = e.emit(tp.OpenedConcat(p.shape, ring, len(p.shape) - 2), earlier, found)

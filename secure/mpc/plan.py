@@ -73,6 +73,11 @@ class Planning:
     note: Callable[[Plan, Primitive], None] | None = None
 
 
+def _more(fraction: int, p: Primitive) -> int:
+    """Return the fraction bits of a result that has ``extra`` ones, or as many less but some."""
+    return max(fraction + int(p.attrs.get("extra", 0)), min(fraction, LEAST_FRACTION))
+
+
 _MOVES = ("reshape", "expand", "permute")
 """Moves of an opening that is kept."""
 
@@ -151,13 +156,13 @@ class Plan:
             most = max(self.fraction[i] for i in p.inputs)
             if p.op == "scale" and p.attrs["value"] > 1:  # as many significant bits take fewer places after the point
                 return min(most, max(self.fixed.fraction_bits, most - math.floor(math.log2(p.attrs["value"]))))
-            return most
+            return _more(most, p)
         if rule.scale is not None:
             return rule.scale
         if p.attrs.get("public"):
             return self.fixed.weight_fraction_bits
         f = 0 if p.attrs.get("integer") else self.fixed.fraction_bits
-        return max(f + int(p.attrs.get("extra", 0)), min(f, LEAST_FRACTION))
+        return _more(f, p)
 
     def _demand(self, x: int, need: Need) -> None:
         self.base[x] = max(self.base[x], min(need.base, WORD))

@@ -18,13 +18,16 @@ from secure.lowering.trace import Symbol
 
 
 @torch.library.custom_op("unseen::keep", mutates_args=())
-def keep_operation(x: Tensor, name: str, rows: int) -> Tensor:
-    """Put ``rows`` rows of zeros before those of x, in place of the rows that earlier queries kept as ``name``."""
+def keep_operation(x: Tensor, name: str, rows: int, spare: int = 0) -> Tensor:
+    """Put ``rows`` rows of zeros before those of x, in place of the rows that earlier queries kept as ``name``.
+
+    spare: the fraction bits that what is kept can do without.
+    """
     return F.pad(x, (0, 0, rows, 0)) if rows else x.clone()
 
 
 @keep_operation.register_fake
-def _(x: Tensor, name: str, rows: int) -> Tensor:
+def _(x: Tensor, name: str, rows: int, spare: int = 0) -> Tensor:
     return x.new_empty((*x.shape[:-2], rows + x.shape[-2], x.shape[-1]))
 
 
@@ -40,19 +43,20 @@ def _(x: Tensor, count: int) -> Tensor:
 
 
 @operation("keep")
-def keep(x: Tensor, /, *, name: str, rows: int) -> Tensor:
+def keep(x: Tensor, /, *, name: str, rows: int, spare: int = 0) -> Tensor:
     """Put the rows of earlier queries, here zeros, before those of x, which are kept for later ones."""
     return F.pad(x, (0, 0, rows, 0))
 
 
 @keep.aten("keep.default", namespace="unseen", structural=True)
-def _(b: Builder, x: Value, name: str, rows: int) -> Value:
-    return b.shared("keep", x, name=name, rows=rows)
+def _(b: Builder, x: Value, name: str, rows: int, spare: int = 0) -> Value:
+    return b.shared("keep", x, name=name, rows=rows, spare=spare)
 
 
 @keep.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    return to.symbol(node.inputs[0]).keep(str(node.attrs["name"]), int(node.attrs["rows"]))
+    a = node.attrs
+    return to.symbol(node.inputs[0]).keep(str(a["name"]), int(a["rows"]), -int(a.get("spare", 0)))
 
 
 @operation("last_rows", moves=True)

@@ -32,7 +32,8 @@ from secure.polynomial.operations import (
 from secure.polynomial.recipe import Recipe
 
 SAMPLES = 1 << 18  # arguments of an activation on which its polynomial is fitted
-SPARE = 4  # fraction bits that powers, numbers of one and more on the average of a row, have less than all else
+SPARE = 4
+"""Fraction bits that all else has more than powers, which are one and more on the average of a row, and kept values."""
 RANGE_ROOM = 2.0  # factor by which a frozen range reaches beyond the arguments seen
 
 
