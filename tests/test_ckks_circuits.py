@@ -249,6 +249,52 @@ def test_what_nobody_reads_needs_no_refresh(read: bool) -> None:
     assert same(c, s.circuit)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sets(st.integers(0, SMALL - 1), min_size=2, max_size=12), min_size=2, max_size=4), st.booleans())
+def test_maps_that_read_the_same_rotations_come_together(maps: list[set[int]], kept: bool) -> None:
+    """Each map's result is raised to a power, then multiplied by that of the next."""
+    c = Circuit(SMALL)
+    x, weights = c.input("x"), iter(numbers(3, 64, SMALL))
+    total = c.dot([(x, 0.5)])
+    for offsets in maps:
+        y = diagonals.apply(c, [x], {(0, r): next(weights) for r in offsets})
+        total = c.multiply(total, c.multiply(y, y))
+        c.mark()
+    c.outputs = [total]
+    if kept:
+        c.keep(total, "rows", np.zeros(SMALL))
+    made, inputs = c.gathered(), {"x": numbers(4, SMALL)}
+    assert all(max(node.inputs, default=-1) < i for i, node in enumerate(made.nodes))
+    assert sorted(made.paths) == sorted(c.paths)
+    assert len(made.nodes) == len(c.nodes)
+    assert made.keeps == ({"rows": (made.outputs[0], c.keeps["rows"][1])} if kept else {})
+    assert np.allclose(clear(made, inputs), clear(c, inputs))
+    check_levels(schedule(made, 5))
+    multiplied = [i for i, node in enumerate(made.nodes) if node.op == "multiply"]
+    for i, node in enumerate(made.nodes):
+        if node.op == "dot" and i > multiplied[0]:  # it shares no rotation with what comes before
+            rotated = {x for x in node.inputs if made.nodes[x].op == "rotate"}
+            assert not any(rotated & set(other.inputs) for other in made.nodes[: multiplied[0]] if other.op == "dot")
+
+
+def test_what_is_gathered_is_refreshed_without_its_rotations() -> None:
+    """A gate and what it multiplies: a refresh of both maps' results, not of all rotations that they read."""
+    c = Circuit(SLOTS)
+    x, weights = c.input("x"), iter(numbers(5, 64, SLOTS))
+    x = c.multiply(x, x)
+    gate = diagonals.apply(c, [x], {(0, r): next(weights) for r in range(12)})
+    y = gate
+    for _ in range(3):
+        y = c.multiply(y, y)
+    up = diagonals.apply(c, [x], {(0, r): next(weights) for r in range(12)})
+    c.outputs = [c.multiply(y, up)]
+    before, after = (schedule(each, 4) for each in (c, c.gathered()))
+    assert max(map(len, map(after.refreshes, range(1, after.rounds + 1)))) == 2
+    assert after.rounds <= before.rounds
+    rotated = [s.levels[i] for s in (before, after) for i, n in enumerate(s.circuit.nodes) if n.op == "rotate"]
+    assert sum(rotated[len(rotated) // 2 :]) <= sum(rotated[: len(rotated) // 2])
+
+
 def test_what_does_not_fit_is_said_by_module() -> None:
     c = Circuit(SMALL)
     x = c.input("x")

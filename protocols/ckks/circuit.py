@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ class Circuit:
     outputs: list[int] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # ids of nodes before which a refresh may be placed
     keeps: dict[str, tuple[int, int]] = field(default_factory=dict)  # new rows by name: node, plain of rows' numbers
+    maps: list[range] = field(default_factory=list)  # nodes of each linear map, but for those that were there before
     path: str = ""
     _known: dict[CkksNode, int] = field(default_factory=dict)
     _plain_ids: dict[bytes, int] = field(default_factory=dict)
@@ -111,6 +113,30 @@ class Circuit:
 
     def dot(self, terms: Sequence[tuple[int, Plain]]) -> int:
         return self._node("dot", [x for x, _ in terms], [self._plain(p) for _, p in terms])
+
+    def gathered(self) -> Circuit:
+        """Return the circuit with maps that read the same rotations one behind the other, as early as the first.
+
+        So nothing that is rotated needs to be there when what the first one gives is refreshed.
+        """
+        places = {i: (i, 0) for i in range(len(self.nodes))}
+        for k, part in enumerate(self.maps):
+            given = {x for i in part for x in self.nodes[i].inputs if x not in part}
+            rotated = {x for x in given if self.nodes[x].op == "rotate"}
+            first = next((m for m in self.maps[:k] if rotated & set(m) and max(given) < m.stop), None)
+            if first is not None and any(self.nodes[i].op == "multiply" for i in range(first.stop, part.start)):
+                places |= {i: (first.stop - 1, i) for i in part}
+        order = sorted(places, key=lambda i: places[i])
+        place = {old: new for new, old in enumerate(order)}
+        out = Circuit(self.slots, plains=self.plains)
+        for i in order:
+            out.nodes.append(replace(self.nodes[i], inputs=tuple(place[x] for x in self.nodes[i].inputs)))
+            out.paths.append(self.paths[i])
+        out.outputs = [place[i] for i in self.outputs]
+        starts = sorted(places.values())
+        out.marks = sorted({bisect_left(starts, (m, 0)) for m in self.marks})
+        out.keeps = {name: (place[x], rows) for name, (x, rows) in self.keeps.items()}
+        return out
 
     @property
     def steps(self) -> list[int]:

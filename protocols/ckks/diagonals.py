@@ -61,6 +61,7 @@ def apply(circuit: Circuit, operands: list[int], diagonals: Diagonals) -> int:
     """Apply a linear map and return the node of y. It takes one level, whatever the number of diagonals."""
     if not diagonals:
         raise ValueError("a linear map without a single diagonal")
+    start = len(circuit.nodes)
     parts = split({r for _, r in diagonals}, circuit.slots, len({i for i, _ in diagonals})).parts
     inner: dict[int, list[tuple[int, int, Vector]]] = {}
     for (operand, r), vector in sorted(diagonals.items(), key=lambda item: item[0]):
@@ -77,7 +78,9 @@ def apply(circuit: Circuit, operands: list[int], diagonals: Diagonals) -> int:
         node = circuit.dot([(rotated[operand][baby], vector) for operand, baby, vector in inner[giant]])
         total = node if total < 0 else circuit.add(circuit.rotate(total, at - giant), node)
         at = giant
-    return circuit.rotate(total, at)
+    result = circuit.rotate(total, at)
+    circuit.maps.append(range(start, len(circuit.nodes)))
+    return result
 
 
 def _chain(circuit: Circuit, x: int, babies: set[int]) -> dict[int, int]:

@@ -91,7 +91,7 @@ class Packer:
         unit = widened(self.ranges[output].magnitude)
         # always through diagonals, as these are zero in slots that hold no element of the output
         self.circuit.outputs = [self._route(value.scaled(1 / unit), row) for row in content]
-        return PackedModel(self.circuit, self.views, self.kept, content, unit)
+        return PackedModel(self.circuit.gathered(), self.views, self.kept, content, unit)
 
     def _unit(self, i: int) -> float:
         return self.units.get(i, self.ranges[i].magnitude)
