@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -45,6 +46,30 @@ def test_coefficients_are_exact(level: int, context: Context) -> None:
     half = coefficients.integers(context.encode(0.5, level, P.scales[level]), level)
     assert half[0] == round(P.scales[level] / 2)
     assert not half[1:].any()
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([(30, 37), (35, 46), (40, 47), (40, 60)]),
+    st.integers(0, 4),
+    st.lists(st.fractions(-1, 1), min_size=1, max_size=20),
+)
+def test_residues_are_those_of_integers_and_back(bits: tuple[int, int], level: int, parts: list[Fraction]) -> None:
+    """Primes of more than 48 bits take another way."""
+    primes = Parameters(16384, 4, *bits).primes[: level + 1]
+    half = math.prod(primes) // 2
+    integers = np.array([0, 1, -1, half, -half, *(int(part * half) for part in parts)], dtype=object)
+    found = codec.reduced(integers, primes)
+    assert found.tolist() == [[each % prime for each in integers] for prime in primes]
+    assert codec.combined(found, primes).tolist() == integers.tolist()
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4))
+def test_words_are_joined(words: list[int]) -> None:
+    both = np.array([words, words[::-1]], dtype=np.uint64).T
+    assert codec.joined(both).tolist() == [
+        sum(w << 64 * k for k, w in enumerate(each)) for each in (words, words[::-1])
+    ]
 
 
 @settings(deadline=None)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from protocols.ckks.codec import Coefficients, Integers
+from protocols.ckks.codec import Coefficients, Integers, joined
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.seal import Client, Context
 from protocols.errors import DoesNotFit
@@ -101,9 +101,8 @@ class Masks:
         """Draw a mask uniform in [-M, M] up to 2^-64: random integers of 64 bits more than the range, reduced."""
         parameters = self.coefficients.context.parameters
         n, span = parameters.degree, 2 * largest_mask(parameters, level) + 1
-        size = -(-span.bit_length() // 8) + 8
-        drawn = secrets.token_bytes(n * size)
-        integers = np.array([int.from_bytes(drawn[i : i + size]) for i in range(0, n * size, size)], dtype=object)
+        words = -(-span.bit_length() // 64) + 1
+        integers = joined(np.frombuffer(secrets.token_bytes(8 * n * words), "<u8").reshape(words, n))
         return Mask(self.coefficients, integers % span - span // 2, level)
 
 
