@@ -41,14 +41,15 @@ class _Rows:
     def __init__(self, rows: int, own: Tensor | None, spare: int) -> None:
         """own: (1, 1, n, 1), by which values are multiplied before they are kept; None: they are kept as they are.
 
-        spare: the fraction bits that values can do without.
+        spare: the fraction bits that keys and values can do without.
         """
         self._rows, self._own, self._spare = rows, own, spare
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         values = values if self._own is None else values * self._own
-        kept = keep_operation(values, f"{layer}.values", self._rows, self._spare)
-        return keep_operation(keys, f"{layer}.keys", self._rows), kept
+        found = {"keys": keys, "values": values}
+        kept = (keep_operation(x, f"{layer}.{name}", self._rows, self._spare) for name, x in found.items())
+        return next(kept), next(kept)
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self._rows

@@ -77,9 +77,15 @@ def _scales(plan: Plan, p: Primitive) -> int:
 
 
 def _dropped(plan: Plan, p: Primitive) -> tuple[int, int]:
-    """Return the fraction bits that are dropped of each operand of a matrix product before it is opened."""
-    right = plan.fraction[p.inputs[1]]
-    return 0, 0 if p.inputs[1] in plan.kept else max(0, right - p.attrs.get("kept", right))
+    """Return the fraction bits that are dropped of each operand of a matrix product before it is opened.
+
+    What is multiplied by rows that are kept at fewer bits than usual needs no more of them.
+    """
+    left, right = (plan.fraction[x] for x in p.inputs)
+    if p.inputs[1] in plan.kept:
+        usual = min(left, plan.fixed.fraction_bits)
+        return 0 if p.inputs[0] in plan.kept else max(0, usual - right), 0
+    return 0, max(0, right - p.attrs.get("kept", right))
 
 
 def _matrix_scale(plan: Plan, p: Primitive) -> int:
