@@ -31,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path not in slow, -count[item.path], item.path))
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The threads of torch that tests had before: commands that run in this process set them."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """State and cache directories of the tests' own, with the key of their dealers."""

@@ -46,9 +46,8 @@ Run = Callable[..., Ended]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """``unseen ARGUMENTS`` in this process."""
-    threads = torch.get_num_threads()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in [name for name in os.environ if name.startswith("UNSEEN_")]:
@@ -63,8 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         code = ended.value.code
         return Ended(code if isinstance(code, int) else 0, *capsys.readouterr())
 
-    yield ask
-    torch.set_num_threads(threads)
+    return ask
 
 
 def in_words(ended: Ended, message: str, hint: str) -> None:
@@ -90,6 +88,19 @@ def test_help(run: Run) -> None:
         assert inner.code == 0
         assert "--announce" not in inner.out
     assert "semi-honest" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("count", "named", "found"), [(3, "2", 3), (3, None, 3), (0, "2", 5), (0, None, os.cpu_count())]
+)
+def test_threads_of_a_command(monkeypatch: pytest.MonkeyPatch, count: int, named: str | None, found: int) -> None:
+    """Without a number it has those that torch took from the environment as it started, else one a processor."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", named)
+    torch.set_num_threads(5)
+    console.use_threads(count)
+    assert torch.get_num_threads() == found
 
 
 def test_texts_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

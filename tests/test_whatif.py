@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +251,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """``unseen compare ARGUMENTS`` in this process: its code, what it printed, and what it said beside."""
-    threads = torch.get_num_threads()
 
     def ask(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["unseen", "compare", *arguments])
@@ -261,8 +260,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             cli.app_main()
         return ended.value.code if isinstance(ended.value.code, int) else 0, *capsys.readouterr()
 
-    yield ask
-    torch.set_num_threads(threads)
+    return ask
 
 
 @pytest.fixture

@@ -69,10 +69,11 @@ def say_error(error: BaseException) -> None:
 
 
 def use_threads(count: int) -> None:
-    """Let this process compute with so many threads; 0: one a processor."""
+    """Let this process compute with so many threads; 0: what OMP_NUM_THREADS says, or one a processor."""
     import torch  # not above: commands that compute nothing start without it
 
-    torch.set_num_threads(count or os.cpu_count() or 1)
+    if count or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(count or os.cpu_count() or 1)
 
 
 def get_ready(threads: int) -> None:
