@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import secure
 from benchmarks.generation import growth, step_cost
+from protocols.fixedpoint import FixedPoint
 from protocols.two_party import Keep, Open, Publish, Recall
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.generator import written
-from secure.errors import InputTooLong, InvalidInput, InvalidProgram, UnsupportedOperation
+from secure.errors import DoesNotFit, InputTooLong, InvalidInput, InvalidProgram, UnsupportedOperation
+from secure.lowering.trace import Symbol
 from secure.mpc.arithmetic import split_weight_key
 from secure.mpc.program import Program
 from secure.operations.generation import keep_operation
@@ -400,15 +402,31 @@ def test_what_is_kept_is_for_products() -> None:
 
 @pytest.mark.parametrize(("spare", "fewer"), [(1, 1), (4, 4), (99, 8)])
 def test_what_is_kept_can_do_without_fraction_bits(spare: int, fewer: int) -> None:
-    """The openings of a product are as much narrower, and eight bits are left."""
+    """Eight bits are left. So what it is multiplied by needs no more of them."""
     torch.manual_seed(0)
     x, rings = torch.rand(2, 3, dtype=torch.float64), []
     for extra in (0, -spare):
         run = run_function(lambda x, extra=extra: x @ x.keep("keys", 0, extra).permute((1, 0)), x)
         (ring,) = (i.protocol.ring for i in run.circuit if isinstance(i.protocol, Keep))
         rings.append(ring)
-    assert rings[1] == rings[0] - fewer
-    assert float((run.result - x @ x.mT).abs().max()) < 3 * 2.0 ** (fewer - 16)
+    assert rings[1] == rings[0] - 2 * fewer
+    assert float((run.result - x @ x.mT).abs().max()) < 6 * 2.0 ** (fewer - 16)
+
+
+@pytest.mark.parametrize("bits", [15, 16, 17, 18])
+def test_what_is_kept_fits_a_word_with_the_bits_that_are_dropped_before(bits: int) -> None:
+    """A word may hold the ring of the product, and not with what is dropped."""
+    x, y = torch.full((1, 2), 2.0**13, dtype=torch.float64), torch.full((3, 2), 16.0, dtype=torch.float64)
+
+    def scores(x: Symbol, y: Symbol) -> Symbol:
+        return x.precise_product(x, -4) @ y.keep("keys", 0, -4).permute((1, 0))
+
+    given = FixedPoint(fraction_bits=bits)
+    if bits <= 16:
+        assert torch.allclose(run_function(scores, x, y, fixed_point=given).result, x**2 @ y.mT, rtol=2.0**-16)
+    else:
+        with pytest.raises(DoesNotFit, match=r"a product of 6[13] bits, and 4 of which an operand is rounded before"):
+            run_function(scores, x, y, fixed_point=given)
 
 
 @pytest.mark.parametrize("approximations", ["default", "puma"])

@@ -432,3 +432,26 @@ def imported(path: Path) -> set[str]:
     names = [n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
     names += [a.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names]
     return {name.split(".")[1] for name in names if name.startswith("secure.")}
+
+
+class Layers(nn.Module):
+    """Layers of one matrix behind one normalization, each with a bias of its own or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalization, self.matrix = nn.LayerNorm(4), nn.Parameter(torch.randn(3, 4))
+        self.first, self.second = (nn.Parameter(torch.randn(3)) for _ in range(2))
+        nn.init.uniform_(self.normalization.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normalization(x)
+        layers = [F.linear(x, self.matrix, bias) for bias in (self.first, self.second, None)]
+        return torch.cat(layers, -1)
+
+
+def test_layers_of_one_matrix_behind_one_normalization() -> None:
+    """What they absorb of the normalization goes into their biases, which are not one."""
+    torch.manual_seed(0)
+    model, x = Layers(), torch.randn(1, 5, 4)
+    with secure.insecure_in_process(secure.compile(model, {"x": x})) as session, torch.no_grad():
+        assert float((session.query({"x": x}) - model(x)).abs().max()) < 2e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from parties.bulk.embedding import Embedder, embedded, embedder_of, lengths_of, 
 from parties.bulk.rows import ANSWERS, FORMATS
 from parties.bulk.texts import FIELD, TextFile
 from parties.bulk.unfinished import Formats, check_output
-from parties.cli.console import ERR, OUT, counting, get_ready, in_time, progress, say
+from parties.cli.console import ERR, OUT, counting, get_ready, in_time, progress, say, threads_of_all
 from parties.cli.options import (
     DeadlineOption,
     InsecureOption,
@@ -148,7 +147,7 @@ def connection_of(verb: str, deployment: Deployment, given: Connecting, *, fixed
     options |= {"cache": given.cache, "program_digest": given.program_digest}
     fixed_length = fixed_length or given.fixed_length
     options |= {"model": given.model, "fixed_length": fixed_length, "token": given_token(given.token_file)}
-    options["threads"] = given.threads or os.cpu_count() or 1
+    options["threads"] = given.threads or threads_of_all()
     options |= {"receipts": True} if isinstance(given, Printing) and given.receipt is not None else {}
     return Connection(deployment, given.tls, given.insecure, options)
 

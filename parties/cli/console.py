@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,11 +70,16 @@ def say_error(error: BaseException) -> None:
 
 
 def use_threads(count: int) -> None:
-    """Let this process compute with so many threads; 0: what OMP_NUM_THREADS says, or one a processor."""
+    """Let this process compute with so many threads; 0: see ``threads_of_all``."""
     import torch  # not above: commands that compute nothing start without it
 
-    if count or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(count or os.cpu_count() or 1)
+    torch.set_num_threads(count or threads_of_all())
+
+
+def threads_of_all() -> int:
+    """Return what OMP_NUM_THREADS says, or one thread a processor."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if re.fullmatch("[1-9][0-9]{0,3}", named) else os.cpu_count() or 1
 
 
 def get_ready(threads: int) -> None:

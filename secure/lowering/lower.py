@@ -390,6 +390,16 @@ class Lowering:
         bias = self.weight(node.inputs[2]) if len(node.inputs) > 2 else 0.0
         return unit * weight + bias
 
+    def ties(self, matrix: int) -> bool:
+        """True if a matrix is to be there once, as the table in which tokens are looked up and turned as their head.
+
+        The head then does not absorb the weight of a normalization before it. That is worth two rounds where a layer
+        takes some, as it does unless all parties know the weights (see ``Prices.late_bytes``).
+        """
+        readers = self.readers(self.graph.nodes[matrix])
+        looked_up = any(reader.op in ("embedding", "looked_up") for reader in readers)
+        return looked_up and not self._late_bytes and self.embedding == "one-hot"
+
     def _behind_last_rows(self, reader: Node) -> list[Node]:
         """Return the readers of a reader that takes the last rows of a text; else itself."""
         if reader.op != "last_rows" or reader.id in self.graph.outputs:

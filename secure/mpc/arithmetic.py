@@ -215,13 +215,8 @@ def emit_public(e: Emitter, i: int, p: Primitive) -> Share:
 
 
 def keep_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
-    ring = _kept_ring(plan, i) + _rounded(plan, i, p)
+    ring = _kept_ring(plan, i) + plan.rounded[plan.kept[i]]
     return (Need(ring, ring),)
-
-
-def _rounded(plan: Plan, i: int, p: Primitive) -> int:
-    """Return the fraction bits that are dropped before what is kept is opened."""
-    return plan.fraction[p.inputs[0]] - plan.fraction[i]
 
 
 def _kept_ring(plan: Plan, i: int) -> int:
@@ -236,7 +231,7 @@ def emit_keep(e: Emitter, i: int, p: Primitive) -> Share:
     """Emit the opening of the new rows, behind those of earlier queries if there are any."""
     ring, (x,), name, rows = _kept_ring(e.plan, i), p.inputs, e.plan.kept[i], p.attrs["rows"]
     shape = e.trace.primitives[x].shape
-    drop = _rounded(e.plan, i, p)
+    drop = e.plan.rounded[name]
     value = e.truncate(e.get(x, ring + drop), shape, drop)
     found = e.emit(tp.Keep(shape, ring, name), e.emit(tp.Open(shape, ring), value.index))
     if rows:

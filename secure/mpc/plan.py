@@ -123,6 +123,7 @@ class Plan:
         n = len(trace.primitives)
         self.kept_rings = dict(kept or {})
         self.kept = _kept(trace)
+        self.rounded = dict[str, int]()  # of what is kept, the fraction bits that are dropped before it is opened
         self.fraction = [fixed.fraction_bits] * n
         self.base, self.wish, self.reach = [0] * n, [0] * n, [0] * n
         self.opened, self.lifted, self.delivered = [0] * n, [0] * n, [0] * n
@@ -132,6 +133,8 @@ class Plan:
         self.readers = list[list[int]]([] for _ in range(n))
         for i, (p, rule) in enumerate(zip(trace.primitives, rules, strict=True)):
             self.fraction[i] = self._fraction(p, rule)
+            if p.op == "keep":
+                self.rounded[self.kept[i]] = self.fraction[p.inputs[0]] - self.fraction[i]
             self.reach[i] = min(WORD, rule.reach(self, i, p))
             if rule.note is not None:
                 rule.note(self, p)
@@ -222,8 +225,12 @@ class Plan:
         return narrowest
 
     def most(self, operands: Sequence[int]) -> int:
-        """Return the widest ring that a matrix product of these may have: that of an opening that is kept."""
-        return min((self.kept_rings.get(self.kept[x], WORD) for x in operands if x in self.kept), default=WORD)
+        """Return the widest ring that a matrix product of these may have: that of an opening that is kept.
+
+        A word holds what is kept with the bits that are dropped before.
+        """
+        names = [self.kept[x] for x in operands if x in self.kept]
+        return min((min(self.kept_rings.get(name, WORD), WORD - self.rounded[name]) for name in names), default=WORD)
 
     def widest(self, operands: Sequence[int], excess: int, narrowest: int) -> int:
         """Return the reach of a value that is computed from ``operands`` and truncated by ``excess`` bits."""

@@ -47,8 +47,8 @@ def _(to: Lowering, node: Node) -> Symbol:
         x, column, normalization = to.units[source]
         folded, of = f"*%{to.numbers[source]}", (*of, *normalization.inputs[1:])
         scale, shift = to.affine(normalization)
-        if column is None and scale is not None and _looked_up(to, matrix):
-            x, scale = x * to.weight(normalization.inputs[1]), None  # one round, and the table is there once
+        if scale is not None and factor == 1.0 and to.ties(matrix):
+            x, scale = x * to.weight(normalization.inputs[1]), None
     else:
         x = to.symbol(source)
 
@@ -72,12 +72,9 @@ def _(to: Lowering, node: Node) -> Symbol:
         return out
     key = others[0] if others and not folded else matrix
     # a folded bias depends on the weight and takes the weight's name, as layers with other weights may share the bias
-    return out + to.weight(key, (".bias" if key == matrix else "") + suffix + folded, bias, shape, of)
-
-
-def _looked_up(to: Lowering, matrix: int) -> bool:
-    """True if the rows of a matrix are looked up as well, as where a model's head is its table of tokens."""
-    return any(reader.op in ("embedding", "looked_up") for reader in to.readers(to.graph.nodes[matrix]))
+    shared = folded and others and len(to.readers(to.graph.nodes[matrix])) > 1
+    own = f"+{to.graph.nodes[others[0]].attrs.get('name', others[0])}" if shared else ""
+    return out + to.weight(key, (".bias" if key == matrix else "") + suffix + folded + own, bias, shape, of)
 
 
 def _following_factor(to: Lowering, node: Node) -> float:
