@@ -18,7 +18,7 @@ from secure.capture.graph import MASKED, POSITIONS
 from secure.errors import InputTooLong, InvalidInput
 from secure.operations.generation import keep_operation, last_rows_operation
 from secure.operations.sampling import sample
-from secure.polynomial.forms import SPARE, forms, weighed_values
+from secure.polynomial.forms import SPARE, SPARE_OF_KEYS, forms, weighed_values
 from secure.polynomial.swap import seen_keys
 
 TOKENS, MASK, TEMPERATURE = "input_ids", "attention_mask", "temperature"
@@ -38,17 +38,18 @@ class _Rows:
 
     is_compileable = False
 
-    def __init__(self, rows: int, own: Tensor | None, spare: int) -> None:
+    def __init__(self, rows: int, own: Tensor | None, *, polynomial: bool) -> None:
         """own: (1, 1, n, 1), by which values are multiplied before they are kept; None: they are kept as they are.
 
-        spare: the fraction bits that keys and values can do without.
+        polynomial: keys and values can do without some fraction bits.
         """
-        self._rows, self._own, self._spare = rows, own, spare
+        self._rows, self._own = rows, own
+        self._spare = {"keys": SPARE_OF_KEYS, "values": SPARE} if polynomial else {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         values = values if self._own is None else values * self._own
         found = {"keys": keys, "values": values}
-        kept = (keep_operation(x, f"{layer}.{name}", self._rows, self._spare) for name, x in found.items())
+        kept = (keep_operation(x, f"{layer}.{name}", self._rows, self._spare.get(name, 0)) for name, x in found.items())
         return next(kept), next(kept)
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
                     input_ids=input_ids,
                     position_ids=position_ids,
                     attention_mask=attention_mask,
-                    past_key_values=_Rows(rows, own, SPARE if polynomial else 0),
+                    past_key_values=_Rows(rows, own, polynomial=polynomial),
                     use_cache=False,
                 )
         finally:

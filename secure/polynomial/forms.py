@@ -34,6 +34,9 @@ from secure.polynomial.recipe import Recipe
 SAMPLES = 1 << 18  # arguments of an activation on which its polynomial is fitted
 SPARE = 4
 """Fraction bits that all else has more than powers, which are one and more on the average of a row, and kept values."""
+
+SPARE_OF_KEYS = 2
+"""Fraction bits that all else has more than keys that are kept, and queries: their scores are read at a few alone."""
 RANGE_ROOM = 2.0  # factor by which a frozen range reaches beyond the arguments seen
 
 
