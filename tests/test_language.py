@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 from pydantic import ValidationError
 
 import secure
+from parties.cli import main as cli
+from parties.cli import train
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.generator import written
 from secure.errors import InvalidInput
@@ -21,10 +25,11 @@ from secure.polynomial.forms import PowerAttention, described, forms, freeze_unt
 from secure.polynomial.recipe import RECIPE, Recipe, read_recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.distil import distil
-from secure.training.fidelity import written_fidelity
+from secure.training.fidelity import TextFidelity, written_fidelity
 from secure.training.language import (
     HELD_OUT_SEED,
     Padding,
+    Perplexities,
     language_loss,
     perplexities,
     rows_of_texts,
@@ -399,6 +404,39 @@ def test_what_cannot_be_trained_is_refused(original: Path, trained: Path, tmp_pa
         distil(trained, [], Recipe(), Settings(batch=4), tmp_path / "o", samples=8)
     with pytest.raises(InvalidInput, match="is the original model's directory"):
         distil(original, [], Recipe(), Settings(batch=4), original, samples=8)
+
+
+def test_powers_of_another_number_of_layers_are_refused_at_once(original: Path, tmp_path: Path) -> None:
+    prepared: list[str] = []
+    with pytest.raises(InvalidInput, match="2 powers for the 1 attention layers of the model"):
+        distil(
+            original,
+            [],
+            Recipe(power=(2, 4)),
+            Settings(batch=4),
+            tmp_path / "o",
+            samples=8,
+            preparing=lambda done, total, what: prepared.append(what),
+        )
+    assert not prepared
+
+
+@pytest.mark.parametrize("value", [3.5, math.nan])
+def test_a_model_that_answers_with_no_numbers_is_not_offered(
+    original: Path, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = TextFidelity(Perplexities(100, 3.0, value, 0.9, 0.1), 0, 0, ())
+    monkeypatch.setattr(train, "measured_texts", lambda *_, **__: found)
+    monkeypatch.setattr("secure.training.distil.distil", lambda *_, **__: None)
+    monkeypatch.setattr(
+        sys, "argv", ["unseen", "train", str(original), "--output", str(tmp_path / "o"), "--samples", "8"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.app_main()
+    said = capsys.readouterr()
+    assert ended.value.code == (1 if math.isnan(value) else 0)
+    assert ("serve it with" in said.out) is not math.isnan(value)
+    assert ("answers are no numbers" in said.err) is math.isnan(value)
 
 
 def test_powers_of_layers_are_kept_by_training(original: Path, tmp_path: Path) -> None:

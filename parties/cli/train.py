@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from parties.cli.accuracy import measured, measured_texts, show
 from parties.cli.console import OUT
 from parties.cli.options import TextModelArgument, ThreadsOption, read_texts
-from secure.errors import InvalidInput, MissingPackage, printable
+from secure.errors import InvalidInput, MissingPackage, RangeLost, printable
 from secure.lowering.client_inputs import GENERATE
 from secure.models.calibration import HELD_OUT
 from secure.models.heads import task_named
@@ -143,11 +143,17 @@ def train(
             length=length or 0,
             preparing=lambda done, total, what: bar.update(task, description=f"{done} of {total} {what}"),
         )
-    show(
+    found = (
         measured_texts(output, directory, others, 0, row=length or 0)
         if writes
         else measured(output, directory, others, 0, protocol=0)
     )
+    show(found)
+    if not found.finite:
+        raise RangeLost(
+            f"{output}: held-out text leaves the ranges of its polynomials so far that answers are no numbers",
+            f"train it anew with more than {steps} steps, or on more text",
+        )
     OUT.print(f"serve it with: unseen serve {output}", markup=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from secure.progress import Told, silent
 from secure.training import language, sentences
 from secure.training.trainer import Settings, Trainer, TrainingProgress
 
+LAYERS = "num_hidden_layers", "n_layer", "n_layers"  # what configurations call the number of layers
 HELD_OUT = 480  # items that a run with patience keeps for checks
 
 
@@ -53,6 +55,7 @@ def distil(
             "polynomial form",
             "serve it as it is, by two or three parties",
         )
+    _check_powers(directory, recipe)
     if (samples or length) and not task:
         raise InvalidInput("samples or their length of a model that writes no text", "give sentences")
     lesson = (
@@ -87,6 +90,17 @@ def distil(
     found = trainer.run(told)
     _save(lesson.swapped.cpu(), found, directory, output)
     return found
+
+
+def _check_powers(directory: Path, recipe: Recipe) -> None:
+    """Raise InvalidInput for powers of another number of layers than config.json names, before anything takes long."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        layers = next((config[name] for name in LAYERS if name in config), 0)
+    except (OSError, ValueError, TypeError):
+        return  # who reads it next says so
+    if isinstance(layers, int) and layers > 0:
+        recipe.of_layer(0, layers)
 
 
 def _digest(teacher: nn.Module, data: Sequence[Tensor]) -> str:

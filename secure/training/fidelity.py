@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,11 @@ class Fidelity:
     layers: tuple[float, ...]
     ranges: tuple[Held, ...]
 
+    @property
+    def finite(self) -> bool:
+        """True if the model answers all of these texts with numbers."""
+        return all(math.isfinite(way.lowest_own_cosine) for way in self.ways)
+
 
 def fidelity(
     model: SentenceEncoder,
@@ -131,6 +137,11 @@ class TextFidelity:
     steps: int
     same: int
     ranges: tuple[Held, ...]
+
+    @property
+    def finite(self) -> bool:
+        """True if the model answers all of these texts with numbers."""
+        return math.isfinite(self.perplexities.model)
 
 
 def written_fidelity(
