@@ -439,6 +439,16 @@ def test_a_model_that_answers_with_no_numbers_is_not_offered(
     assert ("answers are no numbers" in said.err) is math.isnan(value)
 
 
+def test_an_original_that_writes_no_text_is_refused(
+    original: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["unseen", "accuracy", str(original), "--original", str(directory)])
+    with pytest.raises(SystemExit) as ended:
+        cli.app_main()
+    assert ended.value.code == 1
+    assert "writes text, and" in capsys.readouterr().err
+
+
 def test_powers_of_layers_are_kept_by_training(original: Path, tmp_path: Path) -> None:
     settings = Settings(steps=4, batch=4)
     found = distil(original, [], Recipe(power=(2,)), settings, tmp_path / "out", samples=8)

@@ -62,6 +62,10 @@ def accuracy(
     both = model_directory(model), model_directory(original)
     found: Fidelity | TextFidelity
     if task_named(str(both[0])) == GENERATE:
+        if task_named(str(both[1])) != GENERATE:
+            raise InvalidInput(
+                f"{model} writes text, and {original} does not", "--original is the model it was made of"
+            )
         found = measured_texts(*both, given, protocol, fixed, length)
     else:
         found = measured(*both, given or list(HELD_OUT), length, protocol, fixed)
@@ -92,6 +96,8 @@ def warn(found: Fidelity | TextFidelity) -> None:
         if held.used is not None and not held.used <= 1:
             met = f"met {held.met_low:.3g} to {held.met_high:.3g}, made for {held.low:.3g} to {held.high:.3g}"
             ERR.print(f"unseen accuracy: warning: {held.path}: {met}; answers on such texts are wrong", soft_wrap=True)
+    if not found.finite:
+        ERR.print("unseen accuracy: warning: some of these texts are answered with what are no numbers", soft_wrap=True)
 
 
 def measured(

@@ -162,7 +162,10 @@ def _powers(text: str) -> int | tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InvalidInput(f"--power {printable(text)}", f"{KNOWN}; several are divided by commas") from None
+        raise InvalidInput(
+            f"--power {printable(text)} is no whole number, nor are its parts",
+            f"{KNOWN}; several are divided by commas",
+        ) from None
     return found if len(found) > 1 else found[0]
 
 
