@@ -48,9 +48,11 @@ class _Rows:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         values = values if self._own is None else values * self._own
-        found = {"keys": keys, "values": values}
-        kept = (keep_operation(x, f"{layer}.{name}", self._rows, self._spare.get(name, 0)) for name, x in found.items())
-        return next(kept), next(kept)
+        return self._kept(keys, "keys", layer), self._kept(values, "values", layer)
+
+    def _kept(self, x: Tensor, what: str, layer: int) -> Tensor:
+        kept: Tensor = keep_operation(x, f"{layer}.{what}", self._rows, self._spare.get(what, 0))
+        return kept
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self._rows

@@ -37,6 +37,7 @@ SPARE = 4
 
 SPARE_OF_KEYS = 2
 """Fraction bits that all else has more than keys that are kept, and queries: their scores are read at a few alone."""
+
 RANGE_ROOM = 2.0  # factor by which a frozen range reaches beyond the arguments seen
 
 
