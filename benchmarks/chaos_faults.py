@@ -150,6 +150,7 @@ class Injector:
         until = time.monotonic() + FROZEN[1]
         while not relay.damaged and time.monotonic() < until:
             time.sleep(0.01)
+        relay.heal()
 
     def _some_time(self) -> None:
         time.sleep(self.chance.uniform(*FROZEN))

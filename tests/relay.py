@@ -48,6 +48,10 @@ class Relay:
         """True once the byte has passed."""
         return self._damage is None
 
+    def heal(self) -> None:
+        """Leave a byte that has not passed as it is: else it is one of whatever comes next."""
+        self._damage = None
+
     def cut(self) -> None:
         """Break all connections that there are; new ones may come."""
         for each in tuple(self._sockets):
