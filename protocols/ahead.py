@@ -5,7 +5,7 @@ Most instructions of a text's step draw some hundred bytes, and a call takes as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from protocols.prg import SHORT, Key, Stream
@@ -17,28 +17,32 @@ TOGETHER = 256
 class StreamsAhead:
     """The streams of one party's key for the instructions of a circuit, each to be taken once, in any order.
 
-    party: whose draws the streams are for. offline: only those that the client draws before a query are made together
-    (True), only others (False), or all (None). Any other stream is made when it is taken.
+    short: those that are made together, as ``short_draws`` returns them. Any other is made when it is taken.
     """
 
-    def __init__(self, circuit: Sequence[Any], key: Key, party: int, *, offline: bool | None = None) -> None:
-        self._circuit, self._key, self._party, self._offline = circuit, key, party, offline
+    def __init__(self, short: Sequence[Mapping[int, int]], key: Key) -> None:
+        self._short, self._key = short, key
         self._made: dict[int, Stream] = {}
-        self._begun: set[int] = set()
+        self._begun = bytearray(len(short))
 
     def stream(self, index: int) -> Stream:
         """Return the stream of an instruction."""
-        if (start := index - index % TOGETHER) not in self._begun:
-            self._begun.add(start)
-            self._made |= self._key.streams(self._short(start))
+        if not self._begun[block := index // TOGETHER]:
+            self._begun[block] = True
+            self._made |= self._key.streams(self._short[block])
         return self._made.pop(index, None) or self._key.stream(index)
 
-    def _short(self, start: int) -> dict[int, int]:
-        """Return the bytes of the streams that are made together, by instruction."""
-        found = dict[int, int]()
-        for index, instruction in enumerate(self._circuit[start : start + TOGETHER], start):
-            protocol = instruction.protocol
-            size = protocol.drawn_bytes[self._party]
-            if 0 < size <= SHORT and (self._offline is None or protocol.works_offline is self._offline):
-                found[index] = size
-        return found
+
+def short_draws(circuit: Sequence[Any], party: int, offline: bool | None = None) -> list[dict[int, int]]:
+    """Return the bytes of the streams that are made together, by instruction, for each TOGETHER instructions.
+
+    party: whose draws the streams are for. offline: only those that the client draws before a query (True), only others
+    (False), or all (None).
+    """
+    found: list[dict[int, int]] = [{} for _ in range(0, len(circuit), TOGETHER)]
+    for index, instruction in enumerate(circuit):
+        protocol = instruction.protocol
+        size = protocol.drawn_bytes[party]
+        if 0 < size <= SHORT and (offline is None or protocol.works_offline is offline):
+            found[index // TOGETHER][index] = size
+    return found

@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import heapq
 import typing
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from protocols import bits, wire
-from protocols.ahead import StreamsAhead
+from protocols.ahead import StreamsAhead, short_draws
 from protocols.prg import SHORT, Bytes, Key, Stream, as_words
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Draw, Exchange, Protocol, Rows, Step, Weights, count
 from protocols.steps import Done, FrameObserver, advance, merge
@@ -35,6 +34,103 @@ class Instruction:
 
 
 Circuit = Sequence[Instruction]
+
+
+class Flow(tuple[Instruction, ...]):
+    """A circuit whose schedule, and whatever else follows from it alone, is found out once and not in every query."""
+
+    @classmethod
+    def of(cls, circuit: Iterable[Instruction]) -> Flow:
+        """Return a circuit as a Flow: itself, if it is one."""
+        return circuit if isinstance(circuit, cls) else cls(circuit)
+
+    @cached_property
+    def uses(self) -> list[int]:
+        """How many times each result is read."""
+        return self._uses(range(len(self)))
+
+    @cached_property
+    def dealt(self) -> list[int]:
+        """The instructions in which the dealer has a part."""
+        return [index for index, instruction in enumerate(self) if instruction.protocol.deals]
+
+    @cached_property
+    def uses_dealt(self) -> list[int]:
+        """How many times the dealer reads the mask of each result."""
+        return self._uses(self.dealt)
+
+    def _uses(self, readers: Iterable[int]) -> list[int]:
+        uses = [0] * len(self)
+        for reader in readers:
+            for i in self[reader].inputs:
+                uses[i] += 1
+        return uses
+
+    @cached_property
+    def finished(self) -> list[int]:
+        """The rounds of the dataflow schedule after which each result is there."""
+        finished = [0] * len(self)
+        for index, instruction in enumerate(self):
+            before = max((finished[i] for i in instruction.inputs), default=0)
+            finished[index] = before + instruction.protocol.cost().rounds
+        return finished
+
+    @cached_property
+    def phases(self) -> list[list[int]]:
+        """The instructions that start after 0, 1, ... rounds, in order: as soon as their operands are there."""
+        phases: list[list[int]] = [[] for _ in range(max(self.finished, default=0) + 1)]
+        for index, instruction in enumerate(self):
+            phases[max((self.finished[i] for i in instruction.inputs), default=0)].append(index)
+        return phases
+
+    @cached_property
+    def inputs(self) -> tuple[dict[int, str], dict[int, str]]:
+        """The names of the inputs that each party must have, by instruction."""
+        server, client = (
+            {index: name for index, i in enumerate(self) if (name := i.protocol.input_of(party)) is not None}
+            for party in (SERVER, CLIENT)
+        )
+        return server, client
+
+    @cached_property
+    def offline(self) -> list[tuple[int, bool, list[int]]]:
+        """The instructions at which the client works before a query.
+
+        With each: whether a later one of these reads its result, and which results none reads any more.
+        """
+        working = [index for index, instruction in enumerate(self) if instruction.protocol.works_offline]
+        last = {i: index for index in working for i in self[index].inputs}
+        return [(n, n in last, sorted({i for i in self[n].inputs if last[i] == n})) for n in working]
+
+    @cached_property
+    def keeps(self) -> dict[str, int]:
+        """The instructions whose openings are kept for later queries, by name."""
+        return {name: index for index, i in enumerate(self) if (name := i.protocol.keeps)}
+
+    @cached_property
+    def recalls(self) -> dict[str, int]:
+        """The instructions that read what earlier queries kept, by name."""
+        return {name: index for index, i in enumerate(self) if (name := i.protocol.recalls)}
+
+    def short(self, party: int, offline: bool | None = None) -> list[dict[int, int]]:
+        """Return which streams of a party are made together: see ``short_draws``."""
+        if (found := self._short.get((party, offline))) is None:
+            found = self._short[party, offline] = short_draws(self, party, offline)
+        return found
+
+    @cached_property
+    def _short(self) -> dict[tuple[int, bool | None], list[dict[int, int]]]:
+        return {}
+
+    @cached_property
+    def places(self) -> dict[int, slice]:
+        """Each instruction's place in the joined bytes of ``deal``; instructions without corrections have none."""
+        places, start = dict[int, slice](), 0
+        for index, instruction in enumerate(self):
+            if size := instruction.protocol.dealt_bytes:
+                places[index] = slice(start, start + size)
+                start += size
+        return places
 
 
 @dataclass(frozen=True)
@@ -104,16 +200,17 @@ class Correlations:
         if index in self._taken:
             raise CorrelationReused(f"the correlation of instruction {index} ({protocol.kind}) was already used")
         self._taken.add(index)
-        taken = protocol.drawn[self._party]
-        shares = drawn(taken, self._streams.stream(index))
-        material = {d.name: share for d, share in zip(taken, shares, strict=True)}
+        material = dict[str, Tensor]()
+        if taken := protocol.drawn[self._party]:
+            shares = drawn(taken, self._streams.stream(index))
+            material = {d.name: share for d, share in zip(taken, shares, strict=True)}
         if self._party == SERVER:
             material |= _split(self._corrections.pop(index, b""), protocol)
         return material
 
     def foresee(self, circuit: Circuit, *, offline: bool) -> None:
         """Make the streams that a circuit will take together; offline: those that are taken before a query."""
-        self._streams = StreamsAhead(circuit, self._key, self._party, offline=offline)
+        self._streams = StreamsAhead(Flow.of(circuit).short(self._party, offline), self._key)
 
     def prepare(self, index: int, protocol: Protocol, operands: tuple[Any, ...], weights: Weights) -> Any:
         """Client, before the query: draw an instruction's material, and compute and keep what needs no input."""
@@ -139,52 +236,50 @@ class Correlations:
         return self._finished.pop(index)
 
 
-def drawn(draws: Sequence[Draw], stream: Stream) -> Iterator[Tensor]:
-    """Yield shares as they are read from a stream; small ones are read at once, and lie in one piece of memory."""
-    size = sum(d.drawn_bytes for d in draws)
+def drawn(draws: Sequence[Draw], stream: Stream) -> Iterable[Tensor]:
+    """Return shares that are read from a stream as one asks for them; short ones at once, in one piece of memory."""
+    size = 0
+    for d in draws:
+        size += d.drawn_bytes
     if size > SHORT:
-        yield from (stream.planes(d.shape) if d.wire.planes else stream.words(d.shape) for d in draws)
-        return
-    read, at = stream.read(size), 0
+        return (stream.planes(d.shape) if d.wire.planes else stream.words(d.shape) for d in draws)
+    read, at, shares = stream.read(size), 0, []
     for d in draws:
         taken = read[at : at + d.drawn_bytes]
-        yield torch.from_numpy((taken if d.wire.planes else as_words(taken)).reshape(d.shape))
+        shares.append(torch.from_numpy((taken if d.wire.planes else as_words(taken)).reshape(d.shape)))
         at += d.drawn_bytes
+    return shares
 
 
 def _split(payload: bytes | memoryview, protocol: Protocol) -> dict[str, Tensor]:
     if len(payload) != protocol.dealt_bytes:
         raise wire.FrameError(f"a correction has {protocol.dealt_bytes} bytes here, got {len(payload)}")
-    view, start, out = memoryview(payload), 0, {}
-    for d in protocol.derived:
-        out[d.name] = wire.decode(view[start : start + d.wire.size], d.wire)
-        start += d.wire.size
-    return out
+    found = wire.decode_all(payload, [d.wire for d in protocol.derived])
+    return {d.name: share for d, share in zip(protocol.derived, found, strict=True)}
 
 
 class _Values:
     """Results by instruction; each is dropped after its last use."""
 
-    def __init__(self, circuit: Circuit, outputs: Sequence[int]) -> None:
-        self._uses = [0] * len(circuit)
-        for instruction in circuit:
-            for i in instruction.inputs:
-                self._uses[i] += 1
+    def __init__(self, uses: Sequence[int], outputs: Sequence[int]) -> None:
+        """Hold none yet. uses: how many times each is read."""
+        self._uses = list(uses)
         for i in outputs:
             self._uses[i] += 1
-        self._values: dict[int, Any] = {}
+        self._values: list[Any] = [None] * len(uses)
 
     def put(self, index: int, value: Any) -> None:
         if self._uses[index]:
             self._values[index] = value
 
     def take(self, inputs: Sequence[int]) -> tuple[Any, ...]:
-        out = tuple(self._values[i] for i in inputs)
+        uses, values, out = self._uses, self._values, []
         for i in inputs:
-            self._uses[i] -= 1
-            if not self._uses[i]:
-                self._values.pop(i, None)
-        return out
+            out.append(values[i])
+            uses[i] -= 1
+            if not uses[i]:
+                values[i] = None
+        return tuple(out)
 
 
 def execute(
@@ -202,68 +297,65 @@ def execute(
     on the circuit alone, so both parties merge the same messages. inputs: by name, the client's integers, or this
     party's shares of them if the client is none of the parties; and the openings that earlier queries kept.
     """
-    values, told = _Values(circuit, outputs), observer or Observer()
-    correlations.foresee(circuit, offline=False)
-    missing = [len(set(i.inputs)) for i in circuit]
-    readers, places = _readers(circuit)
-    ready = [i for i, m in enumerate(missing) if m == 0]
+    flow, told = Flow.of(circuit), observer or Observer()
+    values, finished, named = _Values(flow.uses, outputs), flow.finished, flow.inputs[party]
+    correlations.foresee(flow, offline=False)
     waiting: list[tuple[int, Step[Any], Exchange]] = []
-
-    def finish(index: int, value: Any) -> None:
-        values.put(index, value)
-        told.finished(index)
-        for reader in readers[places[index] : places[index + 1]]:
-            missing[reader] -= 1
-            if not missing[reader]:
-                heapq.heappush(ready, reader)
-
-    def start(index: int) -> None:
-        instruction = circuit[index]
-        protocol, operands = instruction.protocol, values.take(instruction.inputs)
-        if correlations.is_finished(index):
-            finish(index, correlations.finished(index))
-            return
-        name = protocol.input_of(party)
-        if name is not None:
-            operands = ((inputs or {})[name],)
-        told.computing(index)
-        material = correlations.take(index, protocol)
-        resume(index, protocol.run(party, material, operands, weights), None)
 
     def resume(index: int, step: Step[Any], received: tuple[Tensor, ...] | None) -> None:
         now = advance(step, received)
         told.computed(index)
         if isinstance(now, Done):
-            finish(index, now.result)
-        else:
+            values.put(index, now.result)
+            told.finished(index)
+        elif rounds < finished[index]:
             waiting.append((index, step, now))
+        else:
+            raise RuntimeError(f"instruction {index} ({flow[index].protocol.kind}) exchanges more often than its cost")
 
-    while ready or waiting:
-        while ready:
-            start(heapq.heappop(ready))
-        if not waiting:
-            break
-        current, waiting = sorted(waiting, key=lambda w: w[0]), []
-        told.exchanging([_part(index, exchange) for index, _, exchange in current])
-        answers = yield merge([exchange for _, _, exchange in current])
-        at = 0
-        for index, step, exchange in current:
-            received = answers[at : at + len(exchange.receive)]
-            at += len(exchange.receive)
+    for rounds, starting in enumerate(flow.phases):
+        if rounds:
+            current, waiting = sorted(waiting, key=_place), []
+            told.exchanging([_part(index, exchange) for index, _, exchange in current])
+            answers = yield merge([exchange for _, _, exchange in current])
+            at = 0
+            for index, step, exchange in current:
+                received = answers[at : at + len(exchange.receive)]
+                at += len(exchange.receive)
+                told.computing(index)
+                resume(index, step, received)
+        for index in starting:
+            protocol, inputs_of = flow[index].protocol, flow[index].inputs
+            operands = values.take(inputs_of)
+            if correlations.is_finished(index):
+                values.put(index, correlations.finished(index))
+                told.finished(index)
+                continue
+            if index in named:
+                operands = ((inputs or {})[named[index]],)
             told.computing(index)
-            resume(index, step, received)
+            material = correlations.take(index, protocol)
+            if protocol.exchanges:
+                resume(index, protocol.run(party, material, operands, weights), None)
+            else:
+                value = protocol.compute(party, material, operands, weights)  # type: ignore[attr-defined]
+                told.computed(index)
+                values.put(index, value)
+                told.finished(index)
     return list(values.take(outputs))
 
 
-def _readers(circuit: Circuit) -> tuple[list[int], list[int]]:
-    """Return the instructions that read each result, all in one list, and the place where those of each begin."""
-    size = len(circuit)  # (read, reader) as one number: thousands of small objects would wake the collector
-    pairs = sorted(i * size + index for index, instruction in enumerate(circuit) for i in set(instruction.inputs))
-    return [pair % size for pair in pairs], [bisect_left(pairs, i * size) for i in range(size + 1)]
+def _place(waiting: tuple[int, Step[Any], Exchange]) -> int:
+    return waiting[0]
 
 
 def _part(index: int, exchange: Exchange) -> Part:
-    return Part(index, sum(w.size for _, w in exchange.send), sum(w.size for w in exchange.receive))
+    sent = received = 0
+    for _, form in exchange.send:
+        sent += form.size
+    for form in exchange.receive:
+        received += form.size
+    return Part(index, sent, received)
 
 
 def prepare(circuit: Circuit, correlations: Correlations, weights: Weights) -> None:
@@ -276,25 +368,21 @@ def prepare_together(circuit: Circuit, correlations: Sequence[Correlations], wei
 
     They are prepared side by side, so that each matrix is read once for all of them.
     """
+    flow = Flow.of(circuit)
     values: list[dict[int, Any]] = [{} for _ in correlations]
     for each in correlations:
-        each.foresee(circuit, offline=True)
-    last = {
-        i: n for n, instruction in enumerate(circuit) if instruction.protocol.works_offline for i in instruction.inputs
-    }
-    for index, instruction in enumerate(circuit):
-        protocol = instruction.protocol
-        if protocol.works_offline:
-            materials = [each.take(index, protocol) for each in correlations]
-            operands = [tuple(known[i] for i in instruction.inputs if i in known) for known in values]
-            results = protocol.offline_together(materials, operands, weights)
-            for own, material, known, result in zip(correlations, materials, values, results, strict=True):
-                own.keep(index, protocol, material, result)
-                for i in instruction.inputs:
-                    if last[i] == index:
-                        known.pop(i, None)
-                if index in last:
-                    known[index] = result
+        each.foresee(flow, offline=True)
+    for index, kept, dropped in flow.offline:
+        protocol, inputs = flow[index].protocol, flow[index].inputs
+        materials = [each.take(index, protocol) for each in correlations]
+        operands = [tuple(known[i] for i in inputs if i in known) for known in values]
+        results = protocol.offline_together(materials, operands, weights)
+        for own, material, known, result in zip(correlations, materials, values, results, strict=True):
+            own.keep(index, protocol, material, result)
+            for i in dropped:
+                known.pop(i, None)
+            if kept:
+                known[index] = result
 
 
 @dataclass(frozen=True)
@@ -338,10 +426,13 @@ def deal_together(
     once for all of them. A query may read what those before it keep, if the circuit keeps it before it reads. Raises
     FrameError if an opening is missing.
     """
-    masks = [_Values(circuit, ()) for _ in queries]
-    streams = [_Streams(*(StreamsAhead(circuit, k, p) for p, k in enumerate((q.server, q.client)))) for q in queries]
-    for index, instruction in enumerate(circuit):
-        protocol, operands = instruction.protocol, [each.take(instruction.inputs) for each in masks]
+    flow = Flow.of(circuit)
+    masks = [_Values(flow.uses_dealt, ()) for _ in queries]
+    short = [flow.short(party) for party in (SERVER, CLIENT)]
+    streams = [_Streams(*map(StreamsAhead, short, (q.server, q.client))) for q in queries]
+    for index in flow.dealt:
+        protocol, inputs = flow[index].protocol, flow[index].inputs
+        operands = [each.take(inputs) for each in masks]
         if protocol.recalls:
             operands = [(_given(query, index, protocol.recalls),) for query in queries]
         found = _dealt(index, protocol, operands, streams, weights)
@@ -391,6 +482,8 @@ def _dealt(
     streams = [query.client.stream(index) for query in queries]
     plain = [_plain(index, protocol, query.server, client) for query, client in zip(queries, streams, strict=True)]
     found = protocol.deal_together(plain, operands, weights)
+    if not protocol.derived:
+        return [(None, mask) for _, mask in found]
     return [
         (_corrections(protocol, totals, client), mask) for (totals, mask), client in zip(found, streams, strict=True)
     ]
@@ -400,22 +493,19 @@ def _plain(index: int, protocol: Protocol, server: Key | StreamsAhead, client: S
     """Return the masks that a protocol draws, of both parties together. server: its streams; client: its stream."""
     if not protocol.masks:
         return {}
-    coming = drawn(protocol.drawn[SERVER], server.stream(index)), drawn(_underived(protocol.drawn[CLIENT]), client)
+    own = drawn(protocol.held[SERVER], server.stream(index)), drawn(protocol.held[CLIENT], client)
+    coming = iter(own[SERVER]), iter(own[CLIENT])
     plain: dict[str, Tensor] = {}
     for d in protocol.masks:  # one after the other: of large ones no more than two shares are in memory
-        shares = [next(coming[party]) for party in (SERVER, CLIENT) if d.holder in (None, party)]
-        plain[d.name] = shares[0] if len(shares) == 1 else d.combine(*shares)
+        if d.holder is None:
+            plain[d.name] = d.combine(next(coming[SERVER]), next(coming[CLIENT]))
+        else:
+            plain[d.name] = next(coming[d.holder])
     return plain
 
 
-def _underived(draws: Sequence[Draw]) -> list[Draw]:
-    return [d for d in draws if not d.derived]
-
-
-def _corrections(protocol: Protocol, totals: Mapping[str, Any], client: Stream) -> memoryview | None:
-    """Return the corrections of one query, None if the protocol derives nothing."""
-    if not protocol.derived:
-        return None
+def _corrections(protocol: Protocol, totals: Mapping[str, Any], client: Stream) -> memoryview:
+    """Return the corrections of one query."""
     payload, at = np.empty(protocol.dealt_bytes, np.uint8), 0
     for d in protocol.derived:
         _correct(d, totals[d.name], client, payload[at : at + d.wire.size])
@@ -461,18 +551,13 @@ def correction_places(circuit: Circuit) -> dict[int, slice]:
 
     The sizes follow from the circuit alone.
     """
-    places, start = {}, 0
-    for index, instruction in enumerate(circuit):
-        if size := instruction.protocol.dealt_bytes:
-            places[index] = slice(start, start + size)
-            start += size
-    return places
+    return dict(Flow.of(circuit).places)
 
 
 def split_corrections(circuit: Circuit, payload: bytes | bytearray | memoryview) -> dict[int, memoryview]:
     """Cut the joined bytes of ``deal`` by instruction, without copying them."""
     view = memoryview(payload)
-    return {index: view[place] for index, place in correction_places(circuit).items()}
+    return {index: view[place] for index, place in Flow.of(circuit).places.items()}
 
 
 class ReadWhenUsed:
@@ -495,7 +580,7 @@ def reference(circuit: Circuit, outputs: Sequence[int], weights: Weights, inputs
 
     inputs: the client's integers by name. Returns the results of the instructions ``outputs``, in exact fixed point.
     """
-    values = _Values(circuit, outputs)
+    values = _Values(Flow.of(circuit).uses, outputs)
     for index, instruction in enumerate(circuit):
         protocol, operands = instruction.protocol, values.take(instruction.inputs)
         name = protocol.input_of(CLIENT)
@@ -513,11 +598,8 @@ def total_cost(circuit: Circuit) -> CircuitCost:
 
 def rounds_of(circuit: Circuit, needed: Collection[int] | None = None) -> int:
     """Count the rounds of the dataflow schedule until the instructions ``needed`` have their results; None: all."""
-    finished = [0] * len(circuit)
-    for index, instruction in enumerate(circuit):
-        before = max((finished[i] for i in instruction.inputs), default=0)
-        finished[index] = before + instruction.protocol.cost().rounds
-    return max((finished[i] for i in (range(len(circuit)) if needed is None else needed)), default=0)
+    finished = Flow.of(circuit).finished
+    return max(finished if needed is None else (finished[i] for i in needed), default=0)
 
 
 class CircuitError(ValueError):

@@ -35,6 +35,12 @@ def _fast(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+@lru_cache(maxsize=1024)
+def residues(values: tuple[int, ...]) -> Array:
+    """Return integers modulo 2^64 as an array, to be read alone: it is kept."""
+    return np.array([ring.wrap(value) for value in values], np.int64)
+
+
 def _flat(x: Tensor) -> Array:
     return x.numpy().reshape(-1)  # numpy's call costs a tenth of torch's
 
@@ -186,12 +192,12 @@ def digit_planes(
     if z.is_meta:
         row = len(thresholds) * bits.plane_bytes(z.numel())
         return torch.empty((1 + 2 * digits, row), dtype=torch.uint8, device="meta")
-    at = torch.tensor([ring.wrap(t) for t in thresholds], device=z.device)
+    at = residues(thresholds)
     if _fast(z):
-        return torch.from_numpy(_digit_planes(_flat(z), table.numpy(), at.numpy(), width, drop, digit, digits, first))
+        return torch.from_numpy(_digit_planes(_flat(z), table.numpy(), at, width, drop, digit, digits, first))
     rows: list[list[Tensor]] = [[] for _ in range(1 + 2 * digits)]
     places = 6 - digit
-    for threshold in at:
+    for threshold in at.tolist():
         zeta = z.reshape(-1) - threshold
         low = ring.right(zeta & ring.low_mask(width - 1), drop)
         rows[0].append(bits.pack(ring.top_bit(zeta, width)))
@@ -372,20 +378,20 @@ def select(
     share of its mask r, (T, *shape) shares of beta_s r for the T nonzero slopes); None if there are none. Only the
     server adds the public constants. Arithmetic modulo 2^64.
     """
-    m, q = (torch.tensor([ring.wrap(v) for v in values], device=beta.device) for values in (slopes, offsets))
-    one = 1 if server else 0
+    m, q, one = residues(slopes), residues(offsets), 1 if server else 0
     if _fast(beta):
         flat = beta.reshape(len(slopes), -1).numpy()
         z, r, beta_r = opened if opened is not None else (beta, beta, beta)  # not read if there is no slope
         rows = beta_r.reshape(beta_r.shape[0], -1).numpy()
-        total = _select(planes.numpy(), m.numpy(), q.numpy(), flat, rows, _flat(z), _flat(r), one)
+        total = _select(planes.numpy(), m, q, flat, rows, _flat(z), _flat(r), one)
         return torch.from_numpy(total).reshape(beta.shape[1:])
     out, sloped = torch.zeros_like(beta[0]), 0
     for s, slope in enumerate(slopes):
-        masked, whole = beta[s] * q[s], one * q[s]
+        whole: int | Tensor = one * int(q[s])
+        masked = beta[s] * int(q[s])
         if slope and opened is not None:
             z, r, beta_r = opened
-            masked, whole = masked + (z * beta[s] - beta_r[sloped]) * m[s], whole + (one * z - r) * m[s]
+            masked, whole = masked + (z * beta[s] - beta_r[sloped]) * int(m[s]), whole + (one * z - r) * int(m[s])
             sloped += 1
         out += torch.where(bits.unpack(planes[s], tuple(out.shape)).bool(), whole - masked, masked)
     return out
@@ -563,19 +569,26 @@ def _cubic(z: Array, r: Array, r2: Array, r3: Array, centre: int, t: Array, serv
     return out
 
 
+@lru_cache(maxsize=1024)
+def _binomials(coefficients: tuple[int, ...]) -> Array:
+    """Return (-1)^k C_j binom(j, k) at [k, j], of 4 rows and columns at least."""
+    size = max(4, len(coefficients))
+    table = np.zeros((size, size), np.int64)
+    for j, c in enumerate(coefficients):
+        for k in range(j + 1):
+            table[k, j] = ring.wrap((-1) ** k * math.comb(j, k) * c)
+    return table
+
+
 def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients: tuple[int, ...], first: int) -> Tensor:
     """Return sum_{k >= first} (-1)^k r^k sum_{j >= k} C_j binom(j, k) (z - centre)^(j - k); powers[k - 1] holds r^k.
 
     first: 0 for the party that adds the term without r, 1 for the other. Arithmetic modulo 2^64.
     """
-    degree = len(coefficients) - 1
-    table = torch.zeros((max(degree, 3) + 1, max(degree, 3) + 1), dtype=torch.int64)
-    for k in range(degree + 1):
-        for j in range(k, degree + 1):
-            table[k, j] = ring.wrap((-1) ** k * math.comb(j, k) * coefficients[j])
+    degree, table = len(coefficients) - 1, _binomials(coefficients)
     if _fast(z) and 1 <= degree <= 3:
         r, r2, r3 = (_flat(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # powers above the degree meet zeros
-        flat = _cubic(_flat(z), r, r2, r3, ring.wrap(centre), table.numpy(), first == 0)
+        flat = _cubic(_flat(z), r, r2, r3, ring.wrap(centre), table, first == 0)
         return torch.from_numpy(flat.reshape(z.shape))
     v, total = z - ring.wrap(centre), torch.zeros_like(z)
     for k in range(first, degree + 1):
@@ -907,9 +920,8 @@ def _loaded(raw: Array, n: int, width: tuple[int, ...], planes: int) -> Array:
     return out
 
 
-def _known(width: int) -> tuple[int, ...]:
-    """Return a tuple of this length. Its length is part of its type, so the compiler knows the width and vectorizes."""
-    return (0,) * width
+_KNOWN = [(0,) * width for width in range(9)]
+"""Tuples by their length, which is part of their types: so the compiler knows the width and vectorizes."""
 
 
 def stored(x: Array, ring_bits: int) -> Array:
@@ -922,7 +934,7 @@ def stored(x: Array, ring_bits: int) -> Array:
     if ring_bits == ring.WORD:
         return x.view(np.uint8)
     out = np.empty((ring_bits >> 3) * x.size + (ring_bits & 7) * bits.plane_bytes(x.size), np.uint8)
-    _store(x, out, x.size, 0, _known(ring_bits >> 3), ring_bits & 7)
+    _store(x, out, x.size, 0, _KNOWN[ring_bits >> 3], ring_bits & 7)
     return out
 
 
@@ -931,7 +943,7 @@ def store_difference(x: Array, y: Array, ring_bits: int, out: Array, n: int, at:
 
     ``at`` is a multiple of 8, and ``out`` has the bytes of all n elements.
     """
-    _store_difference(x, y, out, n, at, _known(ring_bits >> 3), ring_bits & 7)
+    _store_difference(x, y, out, n, at, _KNOWN[ring_bits >> 3], ring_bits & 7)
 
 
 def loaded(raw: Array, n: int, ring_bits: int) -> Array:
@@ -941,9 +953,10 @@ def loaded(raw: Array, n: int, ring_bits: int) -> Array:
     """
     if ring_bits == ring.WORD:
         return raw.view(np.int64).copy()
-    bytes_ = raw.view()
-    bytes_.flags.writeable = False  # received bytes mostly are, and numba would compile both kinds
-    out: Array = _loaded(bytes_, n, _known(ring_bits >> 3), ring_bits & 7)
+    if raw.flags.writeable:  # received bytes mostly are not, and numba would compile both kinds
+        raw = raw.view()
+        raw.flags.writeable = False
+    out: Array = _loaded(raw, n, _KNOWN[ring_bits >> 3], ring_bits & 7)
     return out
 
 

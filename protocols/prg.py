@@ -25,6 +25,7 @@ SEED_BYTES = 32
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 BLOCK = 16
+_INDICES = 1 << 64
 SHORT = 1 << 14  # bytes: what is shorter takes no cipher of its own
 
 _ZEROS = np.zeros(1 << 20, dtype=np.uint8)
@@ -130,7 +131,8 @@ class Stream:
     """The bytes of one named stream, read from front to back."""
 
     def __init__(self, ciphers: _Ciphers, index: int, first: Bytes | None = None) -> None:
-        _counter(index, 0)  # raises: another index would have the blocks of a smaller one
+        if not 0 <= index < _INDICES:  # another one would have the blocks of a smaller one
+            raise OverflowError(f"the stream {index}, where names have 64 bits")
         self._ciphers, self._index = ciphers, index
         self._at, self._first = 0, first  # bytes that are there already
         self._encryptor: CipherContext | None = None  # stands at _at; None until much is read

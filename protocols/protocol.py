@@ -182,6 +182,7 @@ class Protocol(ABC):
     finished_offline: ClassVar[bool] = False  # True if the client's ``offline`` is already its result
     weight_field: ClassVar[str] = ""  # the field that names the weight that it reads; "" if it reads none
     multiplies: ClassVar[bool] = True  # True: it multiplies by that weight; False: it adds it
+    exchanges: ClassVar[bool] = True  # False: it sends nothing (``Silent``)
     checks: ClassVar[bool] = False  # True if it raises an error for messages that do not fit together
     in_programs: ClassVar[bool] = True  # False: only one deployment's translation of a Program makes it
     registry: ClassVar[dict[str, type[Protocol]]] = {}
@@ -233,10 +234,15 @@ class Protocol(ABC):
         return tuple(d for d in self.draws if d.derived)
 
     @cached_property
+    def held(self) -> tuple[tuple[Draw, ...], tuple[Draw, ...]]:
+        """The masks of which each party holds a share, or the whole."""
+        server, client = (tuple(d for d in self.masks if d.holder in (None, party)) for party in (SERVER, CLIENT))
+        return server, client
+
+    @cached_property
     def drawn(self) -> tuple[tuple[Draw, ...], tuple[Draw, ...]]:
         """The draws that each party reads from its stream, in order; the first party's derived ones are dealt to it."""
-        held = [tuple(d for d in self.masks if d.holder in (None, party)) for party in (SERVER, CLIENT)]
-        return held[SERVER], (*held[CLIENT], *self.derived)
+        return self.held[SERVER], (*self.held[CLIENT], *self.derived)
 
     @cached_property
     def drawn_bytes(self) -> tuple[int, int]:
@@ -248,6 +254,12 @@ class Protocol(ABC):
     def dealt_bytes(self) -> int:
         """Bytes of the corrections that the dealer sends to the first party for one use."""
         return sum(d.wire.size for d in self.derived)
+
+    @cached_property
+    def deals(self) -> bool:
+        """True if the dealer has a part: it deals something, or gives the mask of the result."""
+        own = type(self)
+        return bool(self.draws) or own.deal is not Protocol.deal or own.deal_together is not Protocol.deal_together
 
     @property
     def works_offline(self) -> bool:
@@ -356,15 +368,28 @@ class Protocol(ABC):
         return self.gives in ("opening", "bit opening")
 
 
-class Local(Protocol):
+class Silent(Protocol):
+    """A protocol without messages: with what was dealt, each party computes its part alone."""
+
+    exchanges: ClassVar[bool] = False
+
+    @abstractmethod
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        """Compute one party's online part."""
+
+    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+        return self.compute(party, material, operands, weights)
+        yield  # makes this a generator that never yields
+
+
+class Local(Silent):
     """A protocol without messages or correlations: each party applies ``apply`` to its shares."""
 
     @abstractmethod
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any: ...
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.apply(party, operands, weights)
-        yield  # makes this a generator that never yields
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.apply(SERVER, operands, weights)

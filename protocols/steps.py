@@ -50,11 +50,7 @@ def unpack_frame(payload: bytes, exchange: Exchange) -> tuple[Tensor, ...]:
     expected = sum(form.size for form in exchange.receive)
     if len(payload) != expected:
         raise wire.FrameError(f"the Program prescribes a frame of {expected} bytes here, got {len(payload)}")
-    view, start, out = memoryview(payload), 0, []
-    for form in exchange.receive:
-        out.append(wire.decode(view[start : start + form.size], form))
-        start += form.size
-    return tuple(out)
+    return tuple(wire.decode_all(payload, exchange.receive))
 
 
 class FrameObserver:

@@ -9,6 +9,7 @@ come; those of tensors of packed bits are sent as they are, and every reader ign
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,7 +65,22 @@ def decode(buffer: bytes | memoryview, wire: Wire) -> Tensor:
     """
     if len(buffer) != wire.size:
         raise FrameError(f"a tensor of shape {wire.shape} takes {wire.size} bytes, got {len(buffer)}")
-    stored = np.frombuffer(buffer, dtype=np.uint8)
+    return _decoded(np.frombuffer(buffer, dtype=np.uint8), wire)
+
+
+def decode_all(buffer: bytes | bytearray | memoryview, wires: Iterable[Wire]) -> list[Tensor]:
+    """Decode tensors that stand one behind another, as ``decode`` does.
+
+    The caller has compared the size of ``buffer`` with theirs.
+    """
+    stored, at, out = np.frombuffer(buffer, dtype=np.uint8), 0, []
+    for wire in wires:
+        out.append(_decoded(stored[at : at + wire.size], wire))
+        at += wire.size
+    return out
+
+
+def _decoded(stored: kernels.Array, wire: Wire) -> Tensor:
     if wire.planes:
         return torch.from_numpy((stored if stored.flags.writeable else stored.copy()).reshape(wire.shape))
     return torch.from_numpy(kernels.loaded(stored, math.prod(wire.shape), wire.bits).reshape(wire.shape))

@@ -39,9 +39,8 @@ class Shared(Input):
 
     mask: Tensor
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.mask if party == SERVER else operands[0] - self.mask
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +53,8 @@ class SharedBits(Shared):
     def out(self) -> Wire:
         return Wire(self.shape, planes=True)
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.mask if party == SERVER else operands[0] ^ self.mask
-        yield
 
 
 def shared(name: str, shape: Shape, ring_bits: int, mask: Tensor) -> Shared:

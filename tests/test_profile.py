@@ -25,6 +25,7 @@ from protocols.protocol import (
     Step,
     Weights,
     WeightUse,
+    bytes_of,
     count,
     swap,
 )
@@ -103,6 +104,10 @@ class Mixed(Protocol):
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         raise AssertionError("nothing is computed")
+
+    def cost(self) -> CircuitCost:
+        size = bytes_of(self.shape, self.ring)
+        return CircuitCost(1, size, size)
 
     def memory(self) -> int:
         return 3 * super().memory()

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.ahead import TOGETHER, StreamsAhead
+from protocols.ahead import TOGETHER, StreamsAhead, short_draws
 from protocols.circuit import Instruction, drawn
 from protocols.local import Truncate
 from protocols.prg import SHORT, Key, fresh_seed
@@ -66,7 +66,7 @@ def test_instructions_have_their_streams_in_any_order(data: st.DataObject, offli
     kinds = [Open((5,), 40), Deliver((3,), 33), Product((2,), 20), Truncate((2,), 20, 3), Open((SHORT,), 64)]
     circuit = [Instruction(kind) for kind in data.draw(st.lists(st.sampled_from(kinds), max_size=2 * TOGETHER))]
     named, order = key(), data.draw(st.permutations(range(len(circuit))))
-    ahead = StreamsAhead(circuit, named, party, offline=offline)
+    ahead = StreamsAhead(short_draws(circuit, party, offline), named)
     for index in order:
         size = circuit[index].protocol.drawn_bytes[party]
         assert bytes(ahead.stream(index).read(size)) == bytes(named.stream(index).read(size))

@@ -138,7 +138,7 @@ def test_an_opening_is_a_replicated_value(shape: Shape, seed: int, bits: int, pl
     asked = query(circuit, {"x": x})
     (zero,), (one,) = run_pair(asked.party(0), asked.party(1))
     (spec,) = circuit[1].protocol.draws
-    r_0, r_1 = (next(drawn([spec], k.stream(1))) for k in asked.keys)
+    (r_0,), (r_1,) = (drawn([spec], k.stream(1)) for k in asked.keys)
     pairs = {0: held(0, zero), 1: held(1, one), 2: held(PARTY_2, Opening(torch.zeros_like(x), r_0), r_1)}
     for parties in TWO_OR_THREE:
         result = reconstruct({p: pairs[p] for p in parties})

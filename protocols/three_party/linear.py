@@ -21,8 +21,7 @@ from protocols.protocol import (
     Local,
     Material,
     Opening,
-    Protocol,
-    Step,
+    Silent,
     Weights,
     bytes_of,
     count,
@@ -32,7 +31,7 @@ from protocols.wire import Wire
 
 
 @dataclass(frozen=True)
-class OpenedPatches(Windowed, Protocol):
+class OpenedPatches(Windowed, Silent):
     """The opening of the patches of x, from an opening of x. Rounds 0; nothing is sent, nothing dealt. Exact."""
 
     kind: ClassVar[str] = "opened_patches"
@@ -43,17 +42,16 @@ class OpenedPatches(Windowed, Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {}, self.window.patches(operands[0])
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         value, mask = operands[0]
         return Opening(self.window.patches(value), self.window.patches(mask))
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.window.patches(operands[0])
 
 
 @dataclass(frozen=True)
-class SharedLinear(Protocol):
+class SharedLinear(Silent):
     """[x W] modulo 2^ring from an opening of x; ``diagonal``: the elementwise product with a vector.
 
     Rounds 0; ring / 8 bytes an output element from party 2 to party 0, ahead. Exact modulo 2^ring.
@@ -79,11 +77,10 @@ class SharedLinear(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {"u": -weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((value, mask),) = operands
         product = weights.opened_product(value, mask, self.weight, self.ring, diagonal=self.diagonal)
         return product + material["u"]
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return weights.multiply(operands[0], self.weight, self.ring, diagonal=self.diagonal)

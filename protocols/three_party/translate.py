@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from protocols import ring
-from protocols.circuit import Circuit, Instruction, total_cost
+from protocols.circuit import Circuit, Flow, Instruction, total_cost
 from protocols.local import Patches
 from protocols.protocol import CircuitCost, Protocol, Shape
 from protocols.three_party.checks import InRange, UnitVectors
@@ -104,7 +104,7 @@ def translate(
     shares = tuple(translation.at[x] for output in outputs for x in circuit[output].inputs)
     # in the ring of the Reveal: the share may be in a wider one
     results = tuple(circuit[output].protocol.out for output in outputs)
-    return Translated(tuple(translation.circuit), shares, results, tuple(translation.origin))
+    return Translated(Flow(translation.circuit), shares, results, tuple(translation.origin))
 
 
 class _Translation:

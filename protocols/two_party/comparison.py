@@ -20,6 +20,7 @@ by the server also its corrections of tables, top bits and mask products, masked
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -57,29 +58,35 @@ class _Level:
 
     sizes: tuple[int, ...]
 
-    def names(self, group: int) -> list[tuple[str, int]]:
-        m = self.sizes[group]
-        low = 0 if group > 0 else 1
-        return [("e", i) for i in range(low, m)] + [("l", i) for i in range(m - 1)] if m > 1 else []
+    @cached_property
+    def names(self) -> list[list[tuple[str, int]]]:
+        """The variables of each group."""
+        return [
+            [("e", i) for i in range(0 if group else 1, m)] + [("l", i) for i in range(m - 1)] if m > 1 else []
+            for group, m in enumerate(self.sizes)
+        ]
 
-    def terms(self, group: int) -> tuple[Term, ...]:
-        m, names = self.sizes[group], self.names(group)
-        index = {name: i for i, name in enumerate(names)}
-        if m == 1:
-            return ()
+    @cached_property
+    def terms(self) -> list[tuple[Term, ...]]:
+        """The products of each group's variables that are needed: "less" from each pair but the last, then "equal"."""
+        return [self._terms(group, m) if m > 1 else () for group, m in enumerate(self.sizes)]
+
+    def _terms(self, group: int, m: int) -> tuple[Term, ...]:
+        index = {name: i for i, name in enumerate(self.names[group])}
         less = [frozenset([index["l", j], *(index["e", i] for i in range(j + 1, m))]) for j in range(m - 1)]
         equal = [frozenset(index["e", i] for i in range(m))] if group > 0 else []
         return tuple(less + equal)
 
-    @property
+    @cached_property
     def variables(self) -> int:
-        return sum(len(self.names(g)) for g in range(len(self.sizes)))
+        return sum(map(len, self.names))
 
-    @property
+    @cached_property
     def dealt(self) -> int:
-        return sum(len(bitproducts.mask_products(self.terms(g))) for g in range(len(self.sizes)))
+        return sum(len(bitproducts.mask_products(terms)) for terms in self.terms)
 
 
+@cache
 def _levels(digits: int) -> tuple[_Level, ...]:
     levels = []
     while digits > 1:
@@ -159,7 +166,7 @@ class Compare(Protocol):
         for i, level in enumerate(self.levels):
             parts, start = [], 0
             for group in range(len(level.sizes)):
-                terms, width = level.terms(group), len(level.names(group))
+                terms, width = level.terms[group], len(level.names[group])
                 if terms:
                     parts.append(bitproducts.deal(terms, masks[f"mask{i}"][start : start + width]))
                 start += width
@@ -182,16 +189,16 @@ class Compare(Protocol):
         self, party: int, level: _Level, pairs: list[tuple[Tensor, Tensor]], masks: Tensor, dealt: Tensor
     ) -> Step[list[tuple[Tensor, Tensor]]]:
         """Combine groups of up to four (less, equal) pairs into one pair each, in one round."""
-        named = [(pairs[GROUP * g + i], name) for g in range(len(level.sizes)) for name, i in level.names(g)]
+        named = [(pairs[GROUP * g + i], name) for g, names in enumerate(level.names) for name, i in names]
         mine = torch.stack([equal if name == "e" else less for (less, equal), name in named]) ^ masks
         (theirs,) = yield swap(mine, Wire((level.variables, self.out.size), planes=True))
         opened = mine ^ theirs
         out, at, used = [], 0, 0
         for group, size in enumerate(level.sizes):
             less, equal = pairs[GROUP * group + size - 1]
-            terms = level.terms(group)
+            terms = level.terms[group]
             if terms:
-                here = slice(at, at + len(level.names(group)))
+                here = slice(at, at + len(level.names[group]))
                 given = slice(used, used + len(bitproducts.mask_products(terms)))
                 shares = bitproducts.evaluate(terms, party, opened[here], masks[here], dealt[given])
                 for share in shares[: size - 1]:

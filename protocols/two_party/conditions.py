@@ -27,7 +27,7 @@ from torch import Tensor
 
 from protocols import bits, kernels
 from protocols.fields import Operands, Shape
-from protocols.protocol import SERVER, CircuitCost, Draw, Local, Material, Protocol, Step, Weights, bytes_of
+from protocols.protocol import SERVER, CircuitCost, Draw, Local, Material, Protocol, Silent, Weights, bytes_of
 from protocols.ring import WORD
 from protocols.wire import Wire
 
@@ -72,7 +72,7 @@ class Unmet(Local):
 
 
 @dataclass(frozen=True)
-class Alarm(Protocol):
+class Alarm(Silent):
     """[y] modulo 2^64, of shape (1,): zero if the 64 bits of an opening are all zero, and uniform if one is not.
 
     Rounds 0; offline 64 * 8 bytes to the server. Error: a bit that is one is missed with probability 2^-64.
@@ -99,11 +99,10 @@ class Alarm(Protocol):
         (m,) = operands
         return {"rho_m": masks["rho"] * bits.unpack(m[0], (PARITIES,))}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((opened, _),) = operands
         c = bits.unpack(opened[0], (PARITIES,))
         return (c * material["rho"] + (1 - 2 * c) * material["rho_m"]).sum().reshape(1)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         w: Tensor = bits.unpack(operands[0][0], (PARITIES,))

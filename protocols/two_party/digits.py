@@ -48,7 +48,7 @@ from torch import Tensor
 from protocols import bits, kernels, ring
 from protocols.fields import Bits, Count, Ring, Shape, Whole
 from protocols.kernels import Array
-from protocols.protocol import CircuitCost, Draw, Material, Protocol, Rows, Step, Weights, count, plane_shape
+from protocols.protocol import CircuitCost, Draw, Material, Rows, Silent, Weights, count, plane_shape
 from protocols.wire import Wire
 
 DIGIT_BITS = 12
@@ -89,7 +89,7 @@ def warm_up() -> None:
 
 
 @dataclass(frozen=True)
-class DigitIn(Protocol):
+class DigitIn(Silent):
     """Bits [j in first .. first + count - 1] of the coarse digit j, one plane of shape (1, ceil(n / 8)).
 
     Digits are counted modulo N, the number of digits, 2 .. 2^12. x in [0, 2^ring - 2^shift) as a residue, or any x if
@@ -135,10 +135,9 @@ class DigitIn(Protocol):
         (r,) = operands
         return {"table": _intervals(self._top(r), self._digits, self.first, self.count)}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, _),) = operands
         return kernels.looked_up(z, material["table"], self.shift, self._digits).reshape(self.out.shape)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands
@@ -153,7 +152,7 @@ class DigitIn(Protocol):
 
 
 @dataclass(frozen=True)
-class Histogram(Protocol):
+class Histogram(Silent):
     """Suffix counts of a row's coarse digits, c_i = #{elements with i <= j < bins}, modulo 2^8, for i < bins.
 
     A row is the last dimension of ``shape``, of at most 255 elements, so that no count wraps; the result has the shape
@@ -222,11 +221,10 @@ class Histogram(Protocol):
             place = torch.cat([torch.where(one, place, self._places), torch.where(one, self._places, place)])
         return {"units": Rows(units, place)}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         (*opened, (z, _)) = operands
         plane = opened[0].value[0] if opened else None
         return kernels.suffix_counts(z, plane, material["units"], self.shift, self._digits, self.blocks, self.bins)
-        yield
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         if self.blocks > 1 and operands[0][0] != 1:

@@ -24,6 +24,7 @@ from protocols.protocol import (
     Exchange,
     Material,
     Protocol,
+    Silent,
     Step,
     Weights,
     bytes_of,
@@ -34,7 +35,7 @@ from protocols.wire import Wire
 
 
 @dataclass(frozen=True)
-class Input(Protocol):
+class Input(Silent):
     """The client's integers, shared as (0, x): the server's share is zero.
 
     Rounds 0, bytes 0. The client's operand is the tensor; the server has none.
@@ -68,7 +69,7 @@ class Input(Protocol):
         """
         return ring.encode(x.to(torch.float64).nan_to_num(0.0).clamp(self.low, self.high), self.fraction)
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         if party == SERVER:
             return torch.zeros(self.shape, dtype=torch.int64)
         (x,) = operands
@@ -77,7 +78,6 @@ class Input(Protocol):
                 f"the input {self.name!r} has shape {tuple(x.shape)}, the Program is made for {self.shape}"
             )
         return x
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from protocols import bits, kernels, ring
 from protocols.fields import Bits, Ring, Shape
-from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
+from protocols.protocol import CircuitCost, Draw, Material, Silent, Weights, bytes_of
 from protocols.wire import Wire
 
 CLIP = 12
@@ -78,7 +78,7 @@ def _mask_powers(shift: int, fraction: int, scale: int, places: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Exponential(Protocol):
+class Exponential(Silent):
     """[e^-x] modulo 2^64 with ``mask_fraction + public_fraction`` fraction bits, for 0 <= x < 2^ring - 2^shift units.
 
     H = 2^(shift - fraction) <= 16, and there are n = 2^places places. If ring = shift + places, it reads the opening of
@@ -159,13 +159,12 @@ class Exponential(Protocol):
         beta = bits.unpack(operands[0][0], self.shape)
         return {"powers": torch.cat([by_digit * beta, by_digit * (1 - beta)])}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         z, _ = operands[-1]
         chosen = operands[0].value[0] if self._clipped else None
         coarse, fine = _tables(self.shift, self.fraction)
         excess = _COARSE + _FINE - self.public_fraction
         return kernels.exponential(z, chosen, material["powers"], coarse, fine, self.shift, excess, self.places)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         x = ring.reduce(operands[-1], self.ring).to(torch.float64) * 2.0**-self.fraction

@@ -21,13 +21,14 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import local
+from protocols.circuit import Flow
 from protocols.fields import Name, Ring, Shape
-from protocols.protocol import SERVER, Local, Material, Opening, Protocol, Step, Weights
+from protocols.protocol import SERVER, Local, Material, Opening, Silent, Weights
 from protocols.wire import Wire
 
 
 @dataclass(frozen=True)
-class Keep(Protocol):
+class Keep(Silent):
     """The opening that it reads, which is kept under ``name`` for later queries. Rounds 0; nothing is sent or dealt."""
 
     kind: ClassVar[str] = "keep"
@@ -49,16 +50,15 @@ class Keep(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {}, operands[0]
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
 
 
 @dataclass(frozen=True)
-class Recall(Protocol):
+class Recall(Silent):
     """The opening of ``name`` from earlier queries. All parties and the dealer have it: z and r, or r alone.
 
     Rounds 0; nothing is sent or dealt.
@@ -85,10 +85,9 @@ class Recall(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {}, self._checked(operands[0])
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, r),) = operands
         return Opening(self._checked(z), self._checked(r))
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._checked(operands[0])
@@ -107,9 +106,8 @@ class _Moved(Local):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {}, self.apply(SERVER, operands, weights)
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return Opening(*(self.apply(party, part, weights) for part in zip(*operands, strict=True)))
-        yield
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class OpenedPermute(_Moved, local.Permute):
 
 def keepers(circuit: Sequence[Any]) -> dict[str, int]:
     """Return the instructions of a circuit whose openings are kept for later queries, by name."""
-    return {name: index for index, i in enumerate(circuit) if (name := i.protocol.keeps)}
+    return Flow.of(circuit).keeps
 
 
 class KeptRows:
@@ -174,12 +172,12 @@ class KeptRows:
         name under which nothing is kept, for more rows than are kept, and for more than the circuit reads.
         """
         count, found = self._known(rows), dict[str, Any]()
-        for p in (i.protocol for i in circuit):
-            if isinstance(p, Recall):
-                if p.name not in self._rows or p.shape[-2] < count:
-                    raise ValueError(f"{count} rows are kept, {p.shape[-2]} of {p.name!r} are to be read")
-                parts = [self._read(x, count, p.shape[-2]) for x in self._rows[p.name]]
-                found[p.name] = Opening(*parts) if len(parts) > 1 else parts[0]
+        for name, index in Flow.of(circuit).recalls.items():
+            read = circuit[index].protocol.out.shape[-2]
+            if name not in self._rows or read < count:
+                raise ValueError(f"{count} rows are kept, {read} of {name!r} are to be read")
+            parts = [self._read(x, count, read) for x in self._rows[name]]
+            found[name] = Opening(*parts) if len(parts) > 1 else parts[0]
         return found
 
     def append(self, rows: Mapping[str, Any], after: int | None = None) -> None:

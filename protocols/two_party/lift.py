@@ -35,7 +35,7 @@ from protocols.protocol import (
     Draw,
     Material,
     Protocol,
-    Step,
+    Silent,
     Weights,
     broadcast,
     bytes_of,
@@ -57,7 +57,7 @@ class Lifted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lift(Protocol):
+class Lift(Silent):
     """Lift an opening of |x| < 2^(ring-2) modulo 2^ring, or more, to one of x / 2^drop in a ring of ``wide`` bits.
 
     Rounds 0; offline wide / 8 + (wide - ring + drop) / 8 bytes an element to the server. Exact without
@@ -100,11 +100,10 @@ class Lift(Protocol):
         top = ring.top_bit(r, self.ring)
         return {"upper": upper, "top": top}, (upper, upper - ring.left(top, self.agreed))
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, _),) = operands
         value, lower = kernels.lifted(z, self.ring, self.drop)
         return Lifted(value, kernels.chosen(material["upper"], material["top"], lower, self.agreed), lower)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         half = 1 << (self.drop - 1) if self.drop else 0
@@ -123,7 +122,7 @@ class Lift(Protocol):
 
 
 @dataclass(frozen=True)
-class LiftedPowers(Protocol):
+class LiftedPowers(Silent):
     """Powers rho^2, ..., rho^degree of a lifted opening's mask, for ``Polynomial``; the result is that of ``Powers``.
 
     agreed: the low bits in which both representatives of the mask agree (``Lift.agreed``). Rounds 0; offline
@@ -170,13 +169,12 @@ class LiftedPowers(Protocol):
             out[f"r{i}"], out[f"d{i}"] = high, ring.right(high - low, self.agreed)
         return out, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((value, mask, lower),) = operands
         higher = (
             kernels.chosen(material[f"r{i}"], material[f"d{i}"], lower, self.agreed) for i in range(2, self.degree + 1)
         )
         return value, (mask, *higher)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
@@ -195,7 +193,7 @@ class LiftedPowers(Protocol):
 
 
 @dataclass(frozen=True)
-class LiftedProduct(Protocol):
+class LiftedProduct(Silent):
     """[x y] modulo 2^ring, elementwise with broadcasting, of lifted openings, or of one and an opening.
 
     agreed_x, agreed_y: the low bits in which both representatives of an operand's mask agree (``Lift.agreed``). An
@@ -254,7 +252,7 @@ class LiftedProduct(Protocol):
         factors = {"rr": (ux, uy), "tr": (tx, uy), "rt": (ux, ty), "tt": (tx, ty)}
         return {name: factors[name][0] * factors[name][1] for name, _ in self._terms}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x, y) = operands
 
         def of_y(name: str, of_top: str) -> Tensor:
@@ -269,7 +267,6 @@ class LiftedProduct(Protocol):
             rr = kernels.chosen(rr, of_y("rt", "tt"), y.lower.expand(self.shape), self.agreed_y)
         # z_x (z_y - r_y) - r_x z_y, where only the server adds z_x z_y
         return x.value * (y.value - y.mask if party == SERVER else -y.mask) - x.mask * y.value + rr
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         x, y = operands

@@ -27,6 +27,7 @@ from protocols.protocol import (
     Exchange,
     Material,
     Protocol,
+    Silent,
     Step,
     Weights,
     bytes_of,
@@ -80,7 +81,7 @@ class Deliver(Protocol):
 
 
 @dataclass(frozen=True)
-class DeliveredPatches(Windowed, Protocol):
+class DeliveredPatches(Windowed, Silent):
     """The delivery of the patches of x, from a delivery of x: a convolution is the linear map of every patch.
 
     Each party copies entries of what it holds. Rounds 0; nothing is sent, nothing dealt. Exact.
@@ -97,16 +98,15 @@ class DeliveredPatches(Windowed, Protocol):
     def offline(self, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.window.patches(operands[0])
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.window.patches(operands[0])
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.window.patches(operands[0])
 
 
 @dataclass(frozen=True)
-class Linear(Protocol):
+class Linear(Silent):
     """[x W] modulo 2^ring from a delivery of x; ``diagonal``: the elementwise product with a vector.
 
     Rounds 0; offline ring / 8 bytes an output element to the server. Exact modulo 2^ring.
@@ -155,10 +155,9 @@ class Linear(Protocol):
             return [self._product(x, weights) for (x,) in operands]
         return torch.unbind(self._product(torch.stack([x for (x,) in operands]), weights))
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         # the client runs this only if nothing was prepared; its operand is r then, and the result is r D - s as well
         return self._product(operands[0], weights) + material["u"]
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._product(operands[0], weights)

@@ -40,8 +40,7 @@ from protocols.protocol import (
     Draw,
     Material,
     Opening,
-    Protocol,
-    Step,
+    Silent,
     Weights,
     bytes_of,
     count,
@@ -72,7 +71,7 @@ def fresh_words(shape: Shape) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Noise(Protocol):
+class _Noise(Silent):
     """The base of both: the words, and the size that integers must have."""
 
     error: ClassVar[str] = "a sample: half a unit in the last place from exact noise"
@@ -125,9 +124,8 @@ class Gumbel(_Noise):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {"noise": gumbel(masks["words"], self._scale)}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         return material["noise"]
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         """Return fresh noise: it has no other meaning in the clear."""
@@ -161,10 +159,9 @@ class ScaledGumbel(_Noise):
         noise = gumbel(masks["words"], self._scale)
         return {"noise": noise, "masked": noise * r}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Opening, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Opening, ...], weights: Weights) -> Any:
         ((z, _),) = operands
         return material["noise"] * z - material["masked"]
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         """Return t times fresh noise."""

@@ -24,6 +24,7 @@ from protocols.protocol import (
     Material,
     Opening,
     Protocol,
+    Silent,
     Step,
     Weights,
     broadcast,
@@ -70,7 +71,7 @@ class Open(Protocol):
 
 
 @dataclass(frozen=True)
-class OpenedSum(Protocol):
+class OpenedSum(Silent):
     """The opening of sum_i +-x_i + constant, broadcast, from openings of the x_i modulo 2^ring or wider.
 
     minus: for each operand, True if it is subtracted. Rounds 0; nothing is sent, nothing dealt. Exact modulo 2^ring.
@@ -107,10 +108,9 @@ class OpenedSum(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {}, self._sum(operands).expand(self.shape)
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         value = self._sum([z for z, _ in operands]) + ring.wrap(self.constant)
         return Opening(ring.reduce(value, self.ring), self._sum([r for _, r in operands]))
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return ring.reduce(self._sum(operands) + ring.wrap(self.constant), self.ring)

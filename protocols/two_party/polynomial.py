@@ -18,13 +18,13 @@ import torch
 
 from protocols import kernels, ring
 from protocols.fields import Bits, Degree, Residue, Residues, Ring, Shape
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, broadcast, bytes_of
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Silent, Weights, broadcast, bytes_of
 from protocols.two_party.lift import Lift, LiftedPowers
 from protocols.wire import Wire
 
 
 @dataclass(frozen=True)
-class Powers(Protocol):
+class Powers(Silent):
     """Shares of r^2, ..., r^degree of an opening's mask, so that any polynomial of that degree is local.
 
     Rounds 0; offline (degree - 1) * ring / 8 bytes an element to the server. The result is (z, (r, r^2, ...)).
@@ -54,10 +54,9 @@ class Powers(Protocol):
             out[f"r{i}"] = power
         return out, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, r),) = operands
         return z, (r, *(material[f"r{i}"] for i in range(2, self.degree + 1)))
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return operands[0]
@@ -75,7 +74,7 @@ class Powers(Protocol):
 
 
 @dataclass(frozen=True)
-class Polynomial(Protocol):
+class Polynomial(Silent):
     """[sum_j coefficients[j] (x - centre)^j] modulo 2^ring, from ``Powers`` or ``LiftedPowers`` of x.
 
     Rounds 0, bytes 0; exact modulo 2^ring.
@@ -98,10 +97,9 @@ class Polynomial(Protocol):
         if isinstance(powers, Powers | LiftedPowers) and powers.degree < len(self.coefficients) - 1:
             raise ValueError(f"degree {len(self.coefficients) - 1} of powers up to {powers.degree}")
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, powers),) = operands
         return kernels.polynomial(z, powers, self.centre, self.coefficients, 0 if party == SERVER else 1)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         v = operands[0] - ring.wrap(self.centre)
@@ -112,7 +110,7 @@ class Polynomial(Protocol):
 
 
 @dataclass(frozen=True)
-class PolynomialProduct(Protocol):
+class PolynomialProduct(Silent):
     """[y sum_j coefficients[j] (x - centre)^j] modulo 2^ring, with broadcasting, of lifted openings of x and of y.
 
     The polynomial need not be opened before it is multiplied. For y = w - s, x = z - r and v = z - centre, the product
@@ -192,7 +190,7 @@ class PolynomialProduct(Protocol):
 
         return {name: product(name, i) for name, i, _ in self._terms}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         x, (z, powers), y = operands
         of_x, of_y = x.lower.expand(self.shape), y.lower.expand(self.shape)
 
@@ -208,7 +206,6 @@ class PolynomialProduct(Protocol):
             both = kernels.chosen(by_x("r", i), by_x("t", i), of_y, self.agreed_y)
             total = total + self._factor(v, i) * (powers[i - 1] * y.value - both)
         return total
-        yield
 
     def _factor(self, v: torch.Tensor, i: int) -> torch.Tensor:
         """Return (-1)^i B_i(v), which the polynomial has before r^i."""

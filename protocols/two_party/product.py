@@ -19,8 +19,7 @@ from protocols.protocol import (
     CircuitCost,
     Draw,
     Material,
-    Protocol,
-    Step,
+    Silent,
     Weights,
     broadcast,
     bytes_of,
@@ -31,7 +30,7 @@ from protocols.wire import Wire
 
 
 @dataclass(frozen=True)
-class Product(Protocol):
+class Product(Silent):
     """[x y] modulo 2^ring, elementwise with broadcasting; with ``matrix``, [x @ y].
 
     Rounds 0; offline ring / 8 bytes an output element to the server. Exact modulo 2^ring.
@@ -57,11 +56,10 @@ class Product(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {"rr": self._times(*operands)}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         (zx, rx), (zy, ry) = operands
         # z_x (z_y - r_y) - r_x z_y, where only the server adds z_x z_y
         return self._times(zx, zy - ry if party == SERVER else -ry) - self._times(rx, zy) + material["rr"]
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._times(*operands)

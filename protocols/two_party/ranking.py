@@ -39,7 +39,7 @@ from protocols.protocol import (
     Opening,
     Protocol,
     Rows,
-    Step,
+    Silent,
     Weights,
     bytes_of,
     count,
@@ -62,7 +62,7 @@ def _pairs(entries: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class OpenedPairs(Protocol):
+class OpenedPairs(Silent):
     """The openings of x_i - x_j for all pairs i < j of a row, the last dimension, from an opening of x.
 
     Its result has the shape (..., n (n - 1) / 2), in the order (0, 1), (0, 2), ..., (n - 2, n - 1). Rounds 0; nothing
@@ -94,10 +94,9 @@ class OpenedPairs(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {}, self._differences(operands[0])
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, r),) = operands
         return Opening(ring.reduce(self._differences(z), self.ring), self._differences(r))
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return ring.reduce(self._differences(operands[0]), self.ring)
@@ -137,7 +136,7 @@ class Ranks(Local):
 
 
 @dataclass(frozen=True)
-class _ByRank(Protocol):
+class _ByRank(Silent):
     """The base of both: look the first ``count`` ranks of a row, of n entries, up in dealt unit vectors."""
 
     elementwise: ClassVar[bool] = True
@@ -216,12 +215,11 @@ class Placed(_ByRank):
         units = self._units(rho)
         return {"units": units, "masked": units.table[units.row] * r.reshape(-1, 1)}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         (ranks, _), (z, _) = operands
         at = self._places_of(ranks)
         found = material["units"].gather(1, at) * z.reshape(-1, 1) - material["masked"].gather(1, at)
         return self._summed(found)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         ranks, x = operands
@@ -260,11 +258,10 @@ class PlacedPositions(_ByRank):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {"units": self._units(operands[0])}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((ranks, _),) = operands
         found = material["units"].gather(1, self._places_of(ranks))
         return self._summed(found * self._positions(found.device))
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         (ranks,) = operands

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protocols import ring
 from protocols.fields import Bits, Ring, Shape
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of, count
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Silent, Weights, bytes_of, count
 from protocols.wire import Wire
 
 MOST_SHIFT = 12
@@ -28,7 +28,7 @@ MOST_SHIFT = 12
 
 
 @dataclass(frozen=True)
-class Quotient(Protocol):
+class Quotient(Silent):
     """[floor(x / 2^shift)] modulo 2^(ring - shift), from an opening of x modulo 2^ring.
 
     Rounds 0; offline 2^shift (ring - shift) / 8 bytes an element to the server. Exact for every x, read as signed.
@@ -71,11 +71,10 @@ class Quotient(Protocol):
         borrows = torch.arange(1 << self.shift) < self._low(r)
         return {"table": self._high(r).reshape(-1, 1) + borrows}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, _),) = operands
         found = material["table"].gather(1, self._low(z)).reshape(self.shape)
         return self._high(z) - found if party == SERVER else -found
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._high(operands[0])

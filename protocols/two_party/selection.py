@@ -15,12 +15,12 @@ import torch
 
 from protocols import bits, kernels, ring
 from protocols.fields import Residues, Ring, Shape
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of
+from protocols.protocol import SERVER, CircuitCost, Draw, Material, Silent, Weights, bytes_of
 from protocols.wire import Wire
 
 
 @dataclass(frozen=True)
-class Select(Protocol):
+class Select(Silent):
     """[sum_s b_s (slopes[s] x + offsets[s])] modulo 2^ring, from one opening of the stacked bits b and one of x.
 
     Slopes and offsets are public integers. One bit with slope 1 is a selection. If all slopes are zero, x is not read,
@@ -70,14 +70,13 @@ class Select(Protocol):
             return {"beta": beta}, None
         return {"beta": beta, "beta_r": beta[self._sloped] * operands[1]}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         planes, beta, server = operands[0].value, material["beta"], party == SERVER
         opened = None
         if self._sloped:
             z, r = operands[1]
             opened = (z, r, material["beta_r"])
         return kernels.select(planes, self.slopes, self.offsets, beta, opened, server=server)
-        yield
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         if operands[0][0] != len(self.slopes):

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from protocols import kernels, ring
 from protocols.fields import Bits, Corrections, Degree, Real, Residue, Ring, Root, Shape, Start
-from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of, count
+from protocols.protocol import CircuitCost, Draw, Material, Silent, Weights, bytes_of, count
 from protocols.ring import WORD
 from protocols.wire import Wire
 
@@ -64,7 +64,7 @@ _EXCESS = 3  # nodes of that fit for each coefficient
 
 
 @dataclass(frozen=True)
-class Tabulated(Protocol):
+class Tabulated(Silent):
     """[scale x^(-1/root)] modulo 2^wide with ``public`` fraction bits, for integers low <= x <= high of an opening.
 
     Rounds 0; offline 2^(ring - shift) (degree + 1) wide / 8 bytes an element to the server. x and the bounds are
@@ -128,11 +128,10 @@ class Tabulated(Protocol):
         rows = kernels.inverse_powers(r, *form, fits, _WEIGHT**2 * len(fits[2]))
         return rows.reshape(*self.shape, self.rows, self.degree + 1)
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, _),) = operands
         rows = material["rows"].reshape(-1, self.rows, self.degree + 1)
         return kernels.from_rows(z, rows, self.ring, self.shift, _PRECISION, self.public)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         x = ring.reduce(operands[0], self.ring).clamp(self.low, self.high).to(torch.float64)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from protocols.fields import Bits, Ring, Shape, Whole
-from protocols.protocol import CircuitCost, Draw, Material, Protocol, Step, Weights, bytes_of, count
+from protocols.protocol import CircuitCost, Draw, Material, Silent, Weights, bytes_of, count
 from protocols.wire import Wire
 
 MOST_DIGITS = 24
@@ -27,7 +27,7 @@ MOST_DIGITS = 24
 
 
 @dataclass(frozen=True)
-class Units(Protocol):
+class Units(Silent):
     """[unit vector of each position] modulo 2^ring, (*shape, entries), from an opening of positions, residues mod N.
 
     A position of ``entries`` or more gives a vector of zeros. Rounds 0; offline N ring / 8 bytes a position to the
@@ -75,11 +75,10 @@ class Units(Protocol):
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         return {"units": self._rows(operands[0], self._places)}, None
 
-    def run(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Step[Any]:
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((y, _),) = operands
         at = (y.reshape(-1, 1) - torch.arange(self.entries, device=y.device)) & (self._places - 1)
         return material["units"].gather(1, at).reshape(self.out.shape)
-        yield
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self._rows(operands[0], self.entries).reshape(self.out.shape)

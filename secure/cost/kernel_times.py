@@ -28,7 +28,19 @@ from protocols.errors import ClientDeviates
 from protocols.matmul import Matrix
 from protocols.narrow import narrowed
 from protocols.prg import KEY_BYTES, Key, fresh_seed
-from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, Draw, Local, Material, Opening, Protocol, Step, Weights
+from protocols.protocol import (
+    CLIENT,
+    PARTY_NAMES,
+    SERVER,
+    CircuitCost,
+    Draw,
+    Local,
+    Material,
+    Opening,
+    Protocol,
+    Step,
+    Weights,
+)
 from protocols.steps import Framed
 from protocols.weights import ServerWeights
 from protocols.wire import Wire
@@ -195,6 +207,9 @@ class _Unheeded(Protocol):
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return self.of.clear(operands, weights)
+
+    def cost(self) -> CircuitCost:
+        return self.of.cost()
 
 
 def _timed(instruction: Instruction) -> Instruction:

@@ -15,7 +15,7 @@ from protocols.circuit import Observer, Part
 from protocols.protocol import CircuitCost
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Work:
     """The local computation of one instruction, or the part of it between two exchanges."""
 
@@ -24,7 +24,7 @@ class Work:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Round:
     """One exchange: packing began at ``start``, the payload left at ``sent_at``, the peer's payload had arrived by
     ``received_at``, and was unpacked by ``stop``.

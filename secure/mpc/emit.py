@@ -23,7 +23,7 @@ from functools import partial
 
 from protocols import local
 from protocols import two_party as tp
-from protocols.circuit import Instruction
+from protocols.circuit import Flow
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import Protocol
 from secure.errors import InvalidInput, UnsupportedOperation
@@ -119,7 +119,7 @@ class Emitted:
     tells apart; None if nothing does.
     """
 
-    circuit: tuple[Instruction, ...]
+    circuit: Flow
     paths: tuple[str, ...]
     outputs: tuple[tuple[int, int], ...]
     watched: tuple[int, tuple[str, ...]] | None
@@ -168,7 +168,7 @@ def emit(
             "leave answer_bits (--answer-bits) out, or reveal numbers",
         )
     watched = e.watch.finish()
-    return Emitted(tuple(e.circuit), tuple(e.paths), tuple(revealed), watched)
+    return Emitted(Flow(e.circuit), tuple(e.paths), tuple(revealed), watched)
 
 
 def _planned(

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, FailFast, Field, TypeAdapter, with_config
 from torch import Tensor
 
 from protocols import ring
-from protocols.circuit import Circuit, Instruction, check, total_cost
+from protocols.circuit import Circuit, Flow, Instruction, check, total_cost
 from protocols.fields import MAXIMUM_ELEMENTS, Bits, Name, Operands, Shape, Whole
 from protocols.fixedpoint import FixedPoint
 from protocols.protocol import CircuitCost, Protocol
@@ -127,7 +127,12 @@ class Program:
         """The instructions whose openings are kept for later queries, by name; {} if queries are independent."""
         return keepers(self.circuit)
 
-    @property
+    @cached_property
+    def _inputs(self) -> dict[str, Input]:
+        """The instructions by which inputs of the client enter, by name."""
+        return {p.name: p for i in self.circuit if isinstance(p := i.protocol, Input)}
+
+    @cached_property
     def rows(self) -> int:
         """The rows of earlier queries that it reads; 0 if it reads none."""
         return next((i.protocol.shape[-2] for i in self.circuit if isinstance(i.protocol, Recall)), 0)
@@ -197,7 +202,7 @@ class Program:
 
         As in ``check_ids``, what a graph from somebody else makes of the caller's numbers decides nothing.
         """
-        graph, clamps = self.client_graph, {p.name: p for i in self.circuit if isinstance(p := i.protocol, Input)}
+        graph, clamps = self.client_graph, self._inputs
         for spec in self.client_inputs:
             node, value = graph.nodes[graph.outputs[spec.output]], values[spec.name]
             if spec.encoding != "plain" or node.op != "input" or not value.numel():
@@ -216,9 +221,8 @@ class Program:
 
     def encode(self, values: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode clear values as the circuit's inputs, which are integers; the work follows from shapes alone."""
-        protocols = {i.protocol.name: i.protocol for i in self.circuit if isinstance(i.protocol, Input)}
         return {
-            spec.name: protocols[spec.name].encode(encode_input(spec, values[spec.name], tables))
+            spec.name: self._inputs[spec.name].encode(encode_input(spec, values[spec.name], tables))
             for spec in self.client_inputs
         }
 
@@ -309,9 +313,7 @@ class Program:
             if d.fixed.keys() != FixedPoint().as_dict().keys():
                 raise InvalidProgram("not a valid Program: the fixed point lacks a parameter, or has another")
             program = cls(
-                circuit=tuple(
-                    _instruction(n, kind, f, inputs) for n, (kind, f, inputs, _) in enumerate(d.instructions)
-                ),
+                circuit=Flow(_instruction(n, kind, f, inputs) for n, (kind, f, inputs, _) in enumerate(d.instructions)),
                 paths=tuple(d.paths[path] for *_, path in d.instructions),
                 outputs=tuple(Output(*output) for output in d.outputs),
                 fixed=FixedPoint(**d.fixed),
