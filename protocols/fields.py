@@ -57,6 +57,8 @@ Residue = Annotated[int, Strict(), Field(gt=-(1 << 80), lt=1 << 80)]
 
 Residues = Annotated[tuple[Residue, ...], FailFast(), Field(min_length=1, max_length=ENTRIES)]
 
+ResidueRows = Annotated[tuple[Residues, ...], FailFast(), Field(min_length=1, max_length=ENTRIES)]
+
 Degree = Annotated[int, Strict(), Field(ge=1, le=16)]
 
 Root = Annotated[int, Strict(), Field(ge=1, le=2)]

@@ -397,6 +397,36 @@ def select(
     return out
 
 
+@compiled
+def _select_each(planes: Array, beta: Array, beta_r: Array, z: Array, r: Array, one: int) -> Array:
+    out = np.zeros(beta.shape[1], np.int64)
+    chosen = np.empty(BLOCK, np.int64)
+    for start in range(0, out.size, BLOCK):
+        total = out[start : start + BLOCK]
+        for s in range(len(beta)):
+            _spread(planes[s], start >> 3, chosen, (total.size + 7) >> 3)
+            b, br = beta[s, start : start + BLOCK], beta_r[s, start : start + BLOCK]
+            v, mask = z[s, start : start + BLOCK], r[s, start : start + BLOCK]
+            for i in range(total.size):
+                masked = v[i] * b[i] - br[i]
+                total[i] += masked + ((one * v[i] - mask[i] - 2 * masked) & chosen[i])
+    return out
+
+
+def select_each(planes: Tensor, beta: Tensor, beta_r: Tensor, z: Tensor, r: Tensor, *, server: bool) -> Tensor:
+    """Return this party's share of sum_s b_s x_s for the bits b_s = planes[s] XOR beta_s and the openings z = x + r.
+
+    All but ``planes`` are stacked like z, (S, *shape); beta and beta_r are shares of the mask bits and of their
+    products with r. Arithmetic modulo 2^64.
+    """
+    if _fast(z):
+        rows = (x.reshape(len(x), -1).numpy() for x in (beta, beta_r, z, r))
+        return torch.from_numpy(_select_each(planes.numpy(), *rows, int(server))).reshape(z.shape[1:])
+    masked, whole = z * beta - beta_r, (z if server else 0) - r
+    stacked = torch.stack([bits.unpack(plane, tuple(z.shape[1:])) for plane in planes]).bool()
+    return torch.where(stacked, whole - masked, masked).sum(0)
+
+
 # the exponential
 
 
@@ -556,47 +586,60 @@ def dropped(x: Tensor, offset: int, shift: int, bits: int) -> Tensor:
 
 
 @compiled
-def _cubic(z: Array, r: Array, r2: Array, r3: Array, centre: int, t: Array, server: bool) -> Array:
-    out = np.empty_like(z)
-    a0, a1, a2, a3 = t[0, 0], t[0, 1], t[0, 2], t[0, 3]
-    b1, b2, b3, c2, c3, d3 = t[1, 1], t[1, 2], t[1, 3], t[2, 2], t[2, 3], t[3, 3]
-    if not server:
-        a0 = a1 = a2 = a3 = np.int64(0)
-    for i in range(z.size):  # no calls and no branches: this loop is vectorized
-        v = z[i] - centre
-        mine = a0 + v * (a1 + v * (a2 + v * a3))
-        out[i] = mine + r[i] * (b1 + v * (b2 + v * b3)) + r2[i] * (c2 + v * c3) + r3[i] * d3
+def _cubics(z: Array, r: Array, r2: Array, r3: Array, centres: Array, tables: Array, server: bool) -> Array:
+    out = np.empty((len(centres), z.size), np.int64)
+    for s in range(len(centres)):
+        centre, t, row = centres[s], tables[s], out[s]
+        a0, a1, a2, a3 = t[0, 0], t[0, 1], t[0, 2], t[0, 3]
+        b1, b2, b3, c2, c3, d3 = t[1, 1], t[1, 2], t[1, 3], t[2, 2], t[2, 3], t[3, 3]
+        if not server:
+            a0 = a1 = a2 = a3 = np.int64(0)
+        for i in range(z.size):  # no calls and no branches: this loop is vectorized
+            v = z[i] - centre
+            mine = a0 + v * (a1 + v * (a2 + v * a3))
+            row[i] = mine + r[i] * (b1 + v * (b2 + v * b3)) + r2[i] * (c2 + v * c3) + r3[i] * d3
     return out
 
 
 @lru_cache(maxsize=1024)
-def _binomials(coefficients: tuple[int, ...]) -> Array:
-    """Return (-1)^k C_j binom(j, k) at [k, j], of 4 rows and columns at least."""
-    size = max(4, len(coefficients))
-    table = np.zeros((size, size), np.int64)
-    for j, c in enumerate(coefficients):
-        for k in range(j + 1):
-            table[k, j] = ring.wrap((-1) ** k * math.comb(j, k) * c)
-    return table
+def _binomials(coefficients: tuple[tuple[int, ...], ...]) -> Array:
+    """Return (-1)^k C_j binom(j, k) of every polynomial at [polynomial, k, j], of 4 rows and columns at least."""
+    size = max(4, *map(len, coefficients))
+    tables = np.zeros((len(coefficients), size, size), np.int64)
+    for table, own in zip(tables, coefficients, strict=True):
+        for j, c in enumerate(own):
+            for k in range(j + 1):
+                table[k, j] = ring.wrap((-1) ** k * math.comb(j, k) * c)
+    return tables
 
 
-def polynomial(z: Tensor, powers: tuple[Tensor, ...], centre: int, coefficients: tuple[int, ...], first: int) -> Tensor:
+def polynomials(
+    z: Tensor,
+    powers: tuple[Tensor, ...],
+    centres: tuple[int, ...],
+    coefficients: tuple[tuple[int, ...], ...],
+    first: int,
+) -> Tensor:
     """Return sum_{k >= first} (-1)^k r^k sum_{j >= k} C_j binom(j, k) (z - centre)^(j - k); powers[k - 1] holds r^k.
 
-    first: 0 for the party that adds the term without r, 1 for the other. Arithmetic modulo 2^64.
+    Each polynomial has a centre and the coefficients C; the results are stacked. first: 0 for the party that adds the
+    term without r, 1 for the other. Arithmetic modulo 2^64.
     """
-    degree, table = len(coefficients) - 1, _binomials(coefficients)
+    degree, tables = max(map(len, coefficients)) - 1, _binomials(coefficients)
     if _fast(z) and 1 <= degree <= 3:
         r, r2, r3 = (_flat(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # powers above the degree meet zeros
-        flat = _cubic(_flat(z), r, r2, r3, ring.wrap(centre), table, first == 0)
-        return torch.from_numpy(flat.reshape(z.shape))
-    v, total = z - ring.wrap(centre), torch.zeros_like(z)
-    for k in range(first, degree + 1):
-        inner = torch.zeros_like(z)
-        for j in range(degree, k - 1, -1):
-            inner = inner * v + int(table[k, j])
-        total = total + (inner * powers[k - 1] if k else inner)
-    return total
+        flat = _cubics(_flat(z), r, r2, r3, residues(centres), tables, first == 0)
+        return torch.from_numpy(flat.reshape(len(centres), *z.shape))
+    out = []
+    for centre, table in zip(centres, tables, strict=True):
+        v, total = z - ring.wrap(centre), torch.zeros_like(z)
+        for k in range(first, degree + 1):
+            inner = torch.zeros_like(z)
+            for j in range(degree, k - 1, -1):
+                inner = inner * v + int(table[k, j])
+            total = total + (inner * powers[k - 1] if k else inner)
+        out.append(total)
+    return torch.stack(out)
 
 
 # inverse powers: the dealer fits a polynomial in each interval of an opened secret
@@ -966,6 +1009,7 @@ def warm_up() -> None:
     bit_plane(x, 0, 1)
     digit_planes(x, unary_codes(x, 17, 0, 4, 4), (0,), 17, 0, 4, 4, 0)
     select(plane.reshape(1, 1), (1,), (0,), x.reshape(1, 8), (x, x, x.reshape(1, 8)), server=True)
+    select_each(plane.reshape(1, 1), *(4 * [x.reshape(1, 8)]), server=True)
     exponential(x, plane, x.expand(4, 8).contiguous(), torch.ones(2, dtype=torch.int64), x + 1, 3, 1)
     extended(x, plane, plane, x, 8, client=True)
     looked_up(x, plane.expand(8, 1).contiguous(), 0, 8)
@@ -978,6 +1022,6 @@ def warm_up() -> None:
         ring_bits = 8 * width or 1
         loaded(stored(x.numpy(), ring_bits), x.numel(), ring_bits)
         store_difference(x.numpy(), x.numpy(), ring_bits, np.zeros(64, np.uint8), x.numel(), 0)
-    polynomial(x, (x,), 0, (1, 1), 0)
+    polynomials(x, (x,), (0,), ((1, 1),), 0)
     line = torch.tensor([0.0, 0.5], dtype=torch.float64)
     inverse_powers(x, 8, 6, 1, 64, 128, 1.0, (), 0.0, 0, (line, torch.eye(2, dtype=torch.float64), line), 1.0)

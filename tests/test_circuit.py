@@ -263,8 +263,11 @@ MISFITS: dict[str, Instruction] = {
     "a selection by bits of other elements": Instruction(tp.Select((9,), RING, (0, 0), (1, 1)), (3,)),
     "a selection of nothing": Instruction(tp.Select(EIGHT, RING, (), ()), (3,)),
     "a slope that is zero modulo 2^64 alone": Instruction(tp.Select(EIGHT, RING, (1 << 64, 1), (0, 0)), (3, 1)),
+    "a selection among fewer numbers than bits": Instruction(tp.SelectEach(EIGHT, RING, 2), (3, 1)),
     "powers of another shape": Instruction(tp.Powers((1,), RING, 2), (1,)),
     "a polynomial beyond its powers": Instruction(tp.Polynomial(EIGHT, RING, 0, (1, 2, 3, 4)), (4,)),
+    "polynomials beyond their powers": Instruction(tp.Polynomials(EIGHT, RING, (0, 1), ((1,), (1, 2, 3, 4))), (4,)),
+    "polynomials without a centre": Instruction(tp.Polynomials(EIGHT, RING, (0,), ((1,), (1, 2))), (4,)),
     "an opening lifted from more bits than it has": Instruction(tp.Lift(EIGHT, RING + 1, 0, 64), (1,)),
     "an opening lifted to less": Instruction(tp.Lift(EIGHT, RING, 0, RING), (1,)),
     "an opening lifted without all of its bits": Instruction(tp.Lift(EIGHT, RING, RING - 1, 64), (1,)),
@@ -777,5 +780,5 @@ def test_shapes_are_those_that_torch_gives() -> None:
                 continue
             assert tuple(p.clear(tuple(metas), weights).shape) == found, (p, shapes)
             agreed += 1
-    assert agreed > 1000
+    assert agreed > 800
     assert refused > 50

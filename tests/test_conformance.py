@@ -624,6 +624,33 @@ def polynomial(s: Setup) -> Check:
     return exactly(sum((c * (x - centre) ** j for j, c in enumerate(coefficients)), np.zeros(shape, object)), ring)
 
 
+@case(tp.Polynomials)
+def polynomials(s: Setup) -> Check:
+    ring, shape, count = s.number("ring", 1, 64), s.shape(), s.number("polynomials", 1, 4)
+    most = s.number("powers", 1, 6)
+    if ring > 2 and s.draw(st.booleans(), "lifted"):
+        a, x, agreed = lifted(s, shape, ring)
+        p = s.add(tp.LiftedPowers(shape, ring, agreed, most), a)
+    else:
+        a, x = s.opened(shape, ring)
+        p = s.add(tp.Powers(shape, ring, most), a)
+    coefficients = tuple(
+        tuple(s.number("coefficient", -(2**63), 2**63 - 1) for _ in range(s.number("degree", 0, most) + 1))
+        for _ in range(count)
+    )
+    centres = tuple(s.number("centre", -(2**20), 2**20) for _ in range(count))
+    s.add(tp.Polynomials(shape, ring, centres, coefficients), p)
+    return exactly(
+        np.stack(
+            [
+                sum((c * (x - centre) ** j for j, c in enumerate(own)), np.zeros(shape, object))
+                for centre, own in zip(centres, coefficients, strict=True)
+            ]
+        ),
+        ring,
+    )
+
+
 def lifted(s: Setup, shape: Shape, wide: int, drop: int = 0, name: str = "opened") -> tuple[int, Integers, int]:
     """The instruction of a lifted opening, the opened integers, and the bits in which the representatives agree."""
     opened = s.number(name, 2 + drop, min(63, wide - 1 + drop))
@@ -745,6 +772,15 @@ def select(s: Setup) -> Check:
     s.add(tp.Select(shape, ring, slopes, offsets), *operands)
     chosen = plane_bits(b, shape)
     return exactly(sum(c * (m * x + o) for c, m, o in zip(chosen, slopes, offsets, strict=True)), ring)
+
+
+@case(tp.SelectEach)
+def select_each(s: Setup) -> Check:
+    ring, shape, rows = s.number("ring", 1, 64), s.shape(), s.number("bits", 1, 5)
+    planes, b = s.opened_planes(shape, rows)
+    a, x = s.opened((rows, *shape), s.number("opened", ring, 64))
+    s.add(tp.SelectEach(shape, ring, rows), planes, a)
+    return exactly(sum(c * each for c, each in zip(plane_bits(b, shape), x, strict=True)), ring)
 
 
 def exponential_bound(p: tp.Exponential) -> float:

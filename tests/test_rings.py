@@ -218,6 +218,7 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
     coefficients = tuple(data.draw(st.lists(WORDS, min_size=1, max_size=6)))
     z, x, product = (words(rng, (n,)) for _ in range(3))
     beta, beta_r = words(rng, (len(slopes), n)), words(rng, (sloped, n))
+    each = [words(rng, (len(slopes), n)) for _ in range(3)]
     powers = tuple(words(rng, (n,)) for _ in range(6))
     table, planes = words(rng, (-(-(digits << digit) // 64), n)), octets(rng, (len(slopes), bits.plane_bytes(n)))
     mine, theirs = (octets(rng, (bits.plane_bytes(n),)) for _ in range(2))
@@ -233,7 +234,9 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
             opened = (z, x, beta_r) if sloped else None
             out.append(kernels.select(planes, slopes, offsets, beta, opened, server=server))
             out.append(kernels.extended(x, mine, theirs, product, min(width, 63), client=server))
-            out.append(kernels.polynomial(z, powers, offsets[0], coefficients, int(server)))
+            several = tuple(coefficients[: s + 1] for s in range(len(offsets)))
+            out.append(kernels.polynomials(z, powers, offsets, several, int(server)))
+            out.append(kernels.select_each(planes, beta, *each, server=server))
         for size, codes in tables.items():
             out.append(kernels.looked_up(z, codes, drop, size))
         for size, blocks, bins in (

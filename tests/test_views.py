@@ -127,6 +127,7 @@ def scenes() -> Iterator[tuple[str, Scene]]:
         fused = tp.PolynomialProduct(shape, ring, narrow, narrow, 1, (3, -1, 5, 1))
         yield f"polynomial_product-{ring}", Scene(fused, ring, -far, far - 1, second=True)
         yield f"select-{ring}", Scene(tp.Select(shape, ring, (1, 0, -3), (0, 5, 1)), ring, low, high, bits=3)
+        yield f"select_each-{ring}", Scene(tp.SelectEach(shape, ring, 2), ring, low, high, bits=2)
         yield f"extend-{ring}", Scene(tp.Extend(shape, ring - 1, 64), ring - 1, low // 4, high // 4)
         compare = tp.Compare(shape, ring, min(4, ring - 10), (0, 3))
         yield f"compare-{ring}", Scene(compare, ring, low // 2, high // 2)
@@ -164,6 +165,7 @@ def stage(scene: Scene, value: int, plane: int) -> tuple[list[Instruction], dict
     protocol, ring = scene.protocol, scene.ring
     groups = (N // 32, 4, 8)
     special = {"linear": (N // 4, 4), "histogram": (N // 128, 128), "placed": groups, "placed_positions": groups}
+    special["select_each"] = (2, N)
     shape = special.get(protocol.kind, (N,))
     weights = {"w": torch.tensor([[1, 2, 3]] * 4), "v": torch.tensor([1, 2, 3, -4])}
     circuit: list[Instruction] = []

@@ -41,11 +41,11 @@ from protocols.two_party.lift import Lift, LiftedPowers, LiftedProduct
 from protocols.two_party.linear import Deliver, DeliveredPatches, Linear
 from protocols.two_party.noise import Gumbel, ScaledGumbel
 from protocols.two_party.opening import Open, OpenBits, OpenedSum
-from protocols.two_party.polynomial import Polynomial, PolynomialProduct, Powers
+from protocols.two_party.polynomial import Polynomial, PolynomialProduct, Polynomials, Powers
 from protocols.two_party.product import Product
 from protocols.two_party.ranking import OpenedPairs, Placed, PlacedPositions, Ranks
 from protocols.two_party.rounding import Quotient
-from protocols.two_party.selection import Select
+from protocols.two_party.selection import Select, SelectEach
 from protocols.two_party.tabulated import Tabulated
 from protocols.two_party.units import Units
 
@@ -78,6 +78,7 @@ __all__ = [
     "PlacedPositions",
     "Polynomial",
     "PolynomialProduct",
+    "Polynomials",
     "Powers",
     "Product",
     "Publish",
@@ -87,6 +88,7 @@ __all__ = [
     "Reveal",
     "ScaledGumbel",
     "Select",
+    "SelectEach",
     "Tabulated",
     "Units",
     "Unmet",

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import kernels, ring
-from protocols.fields import Bits, Degree, Residue, Residues, Ring, Shape
+from protocols.fields import Bits, Degree, Residue, ResidueRows, Residues, Ring, Shape
 from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Silent, Weights, broadcast, bytes_of
 from protocols.two_party.lift import Lift, LiftedPowers
 from protocols.wire import Wire
@@ -99,14 +99,54 @@ class Polynomial(Silent):
 
     def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, powers),) = operands
-        return kernels.polynomial(z, powers, self.centre, self.coefficients, 0 if party == SERVER else 1)
+        return kernels.polynomials(z, powers, (self.centre,), (self.coefficients,), party)[0]
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
-        v = operands[0] - ring.wrap(self.centre)
-        total = torch.zeros_like(v)
-        for c in reversed(self.coefficients):
-            total = total * v + ring.wrap(c)
-        return total
+        return _value(operands[0], self.centre, self.coefficients)
+
+
+def _value(x: torch.Tensor, centre: int, coefficients: tuple[int, ...]) -> torch.Tensor:
+    v, total = x - ring.wrap(centre), torch.zeros_like(x)
+    for c in reversed(coefficients):
+        total = total * v + ring.wrap(c)
+    return total
+
+
+@dataclass(frozen=True)
+class Polynomials(Silent):
+    """Several polynomials of one x, stacked: [sum_j coefficients[s][j] (x - centres[s])^j] modulo 2^ring for each s.
+
+    What ``Polynomial`` computes, with one instruction for all pieces of a function. Rounds 0, bytes 0; exact.
+    """
+
+    kind: ClassVar[str] = "polynomials"
+    elementwise: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("powers",)
+    shape: Shape  # of x
+    ring: Ring
+    centres: Residues
+    coefficients: ResidueRows
+
+    @property
+    def out(self) -> Wire:
+        return Wire((len(self.centres), *self.shape), self.ring)
+
+    def validate(self) -> None:
+        if len(self.centres) != len(self.coefficients):
+            raise ValueError(f"{len(self.centres)} centres of {len(self.coefficients)} polynomials")
+
+    def check_operands(self, operands: Sequence[Protocol]) -> None:
+        (powers,), degree = operands, max(map(len, self.coefficients)) - 1
+        if isinstance(powers, Powers | LiftedPowers) and powers.degree < degree:
+            raise ValueError(f"degree {degree} of powers up to {powers.degree}")
+
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        ((z, powers),) = operands
+        return kernels.polynomials(z, powers, self.centres, self.coefficients, party)
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (x,) = operands
+        return torch.stack([_value(x, *own) for own in zip(self.centres, self.coefficients, strict=True)])
 
 
 @dataclass(frozen=True)

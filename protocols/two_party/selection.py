@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import bits, kernels, ring
-from protocols.fields import Residues, Ring, Shape
+from protocols.fields import Count, Residues, Ring, Shape
 from protocols.protocol import SERVER, CircuitCost, Draw, Material, Silent, Weights, bytes_of
 from protocols.wire import Wire
 
@@ -95,3 +95,52 @@ class Select(Silent):
     def cost(self) -> CircuitCost:
         stacks = (len(self.slopes), len(self._sloped))
         return CircuitCost(dealt=sum(bytes_of((size, *self.shape), self.ring) for size in stacks))
+
+
+@dataclass(frozen=True)
+class SelectEach(Silent):
+    """[sum_s b_s x_s] modulo 2^ring, from one opening of ``count`` stacked bits b and one of as many stacked x.
+
+    Which piece of a function is taken, where each has a value of its own. Rounds 0; offline 2 * count * ring / 8 bytes
+    an element to the server. Exact modulo 2^ring.
+    """
+
+    kind: ClassVar[str] = "select_each"
+    reads: ClassVar[tuple[str, ...]] = ("bit opening", "opening")
+    shape: Shape  # of the result; that of x has ``count`` before it
+    ring: Ring
+    count: Count
+
+    @property
+    def out(self) -> Wire:
+        return Wire(self.shape, self.ring)
+
+    @property
+    def _stacked(self) -> Shape:
+        return (self.count, *self.shape)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return tuple(Draw(name, self._stacked, self.ring, derived=True) for name in ("beta", "beta_r"))
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        planes, r = operands
+        beta = torch.stack([bits.unpack(plane, self.shape) for plane in planes])
+        return {"beta": beta, "beta_r": beta * r}, None
+
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        (planes, _), (z, r) = operands
+        return kernels.select_each(planes, material["beta"], material["beta_r"], z, r, server=party == SERVER)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        planes, x = operands
+        if planes[0] != self.count or x != self._stacked:
+            raise ValueError(f"it reads {self.count} bits and numbers of shape {self.shape}, got {planes}, {x}")
+        return self.shape
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        planes, x = operands
+        return (torch.stack([bits.unpack(plane, self.shape) for plane in planes]) * x).sum(0)
+
+    def cost(self) -> CircuitCost:
+        return CircuitCost(dealt=2 * bytes_of(self._stacked, self.ring))

@@ -186,20 +186,17 @@ def emit_piecewise(e: Emitter, i: int, p: Primitive) -> Share:
     layout = _layout(e.plan, i, p)
     values = _polynomials(e, i, x, layout)
     if not knots:
-        if values:
-            return values[0]
+        if values is not None:
+            return values
         raise AssertionError("a linear function of one piece is written with * and +")
     bits, rows = _below(e, x), [e.plan.knots[x].index(k) for k in knots]
     parts = []
     if layout.lines:
         parts.append(_lines(e, i, x, layout, bits, rows))
-    if values:
-        selected = []
-        for s, value in values.items():
-            at = e.emit(tp.Open(p.shape, value.ring), value.index)
-            chosen = _indicators(e, bits, rows, [(s, s)], p.shape)
-            selected.append(replace(value, index=e.emit(tp.Select(p.shape, value.ring, (1,), (0,)), chosen, at)))
-        parts.append(_sum(e, p.shape, selected))
+    if values is not None:
+        chosen = _indicators(e, bits, rows, [(s, s) for s in layout.curves], p.shape)
+        at = e.emit(tp.Open((len(layout.curves), *p.shape), values.ring), values.index)
+        parts.append(replace(values, index=e.emit(tp.SelectEach(p.shape, values.ring, len(layout.curves)), chosen, at)))
     if layout.result:
         parts = [_extended(e, part, p.shape, layout.result, e.plan.fraction[i]) for part in parts]
     return _sum(e, p.shape, parts)
@@ -237,11 +234,14 @@ def _lines(e: Emitter, i: int, x: int, layout: _Layout, bits: int, rows: list[in
     return e.truncate(Share(index, layout.selected, scale + q), shape, q)
 
 
-def _polynomials(e: Emitter, i: int, x: int, layout: _Layout) -> dict[int, Share]:
-    """Emit all curved pieces from the only opening of x, by their segments; outside of these they are meaningless."""
+def _polynomials(e: Emitter, i: int, x: int, layout: _Layout) -> Share | None:
+    """Emit all curved pieces from the only opening of x, stacked; outside of their segments they are meaningless.
+
+    Without knots there is one, which is not stacked; None if there are none.
+    """
     precision, shape = layout.precision, e.trace.primitives[i].shape
     if precision is None:
-        return {}
+        return None
     drop, degree = e.plan.fraction[x] - precision.reads, max(curve.degree for curve in layout.curves.values())
     ring, agreed = precision.wide, e.plan.own(x) - drop
     if drop or e.plan.opened[x] < ring:
@@ -249,14 +249,15 @@ def _polynomials(e: Emitter, i: int, x: int, layout: _Layout) -> dict[int, Share
         powers = e.emit(tp.LiftedPowers(shape, ring, agreed, degree), e.lifted(x, drop, ring))
     else:
         powers = e.emit(tp.Powers(shape, ring, degree), e.opened(x))
-    out = {}
-    for s, curve in layout.curves.items():
-        centre = round(curve.centre * 2.0**precision.reads)
-        coefficients = curve.integers(precision.reads, precision.scale, alone=precision.alone)
-        polynomial = tp.Polynomial(shape, ring, centre, coefficients)
-        value = Share(e.emit(polynomial, powers), precision.wide, precision.scale)
-        out[s] = e.truncate(value, shape, precision.scale - precision.fraction)
-    return out
+    centres = tuple(round(curve.centre * 2.0**precision.reads) for curve in layout.curves.values())
+    coefficients = tuple(
+        curve.integers(precision.reads, precision.scale, alone=precision.alone) for curve in layout.curves.values()
+    )
+    polynomials: tp.Polynomial | tp.Polynomials = tp.Polynomials(shape, ring, centres, coefficients)
+    if not e.trace.primitives[i].attrs["knots"]:
+        polynomials = tp.Polynomial(shape, ring, centres[0], coefficients[0])
+    value = Share(e.emit(polynomials, powers), precision.wide, precision.scale)
+    return e.truncate(value, polynomials.out.shape, precision.scale - precision.fraction)
 
 
 def _below(e: Emitter, x: int) -> int:
