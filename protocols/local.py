@@ -13,7 +13,22 @@ import torch
 from torch import Tensor
 
 from protocols import kernels, ring, windows
-from protocols.fields import Axes, Axis, Bits, Name, Padding, Residue, Ring, Rows, Runs, Shape, Signs, Sizes, Whole
+from protocols.fields import (
+    Axes,
+    Axis,
+    Bits,
+    Count,
+    Name,
+    Padding,
+    Residue,
+    Ring,
+    Rows,
+    Runs,
+    Shape,
+    Signs,
+    Sizes,
+    Whole,
+)
 from protocols.protocol import SERVER, Local, Weights, broadcast, count, expanded
 from protocols.wire import Wire
 
@@ -232,6 +247,45 @@ class Concat(_Shaped):
         if len({(*x[:axis], *x[axis + 1 :]) for x in operands}) != 1 or any(len(x) != len(first) for x in operands):
             raise ValueError(f"the shapes {', '.join(map(str, operands[:4]))} cannot be joined along {self.dim}")
         return (*first[:axis], sum(x[axis] for x in operands), *first[axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Stack(_Shaped):
+    """Tensors of one shape, stacked along a new first dimension."""
+
+    kind: ClassVar[str] = "stack"
+    reads: ClassVar[tuple[str, ...]] = ("share", "...")
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return torch.stack(operands)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        if len(set(operands)) != 1:
+            raise ValueError(f"the shapes {', '.join(map(str, operands[:4]))} cannot be stacked")
+        return (len(operands), *operands[0])
+
+
+@dataclass(frozen=True)
+class StackBits(Local):
+    """The planes of several operands, one behind another: ``count`` planes of ``width`` bytes in all."""
+
+    kind: ClassVar[str] = "stack_bits"
+    reads: ClassVar[tuple[str, ...]] = ("bits", "...")
+    gives: ClassVar[str] = "bits"
+    width: Whole
+    count: Count
+
+    @property
+    def out(self) -> Wire:
+        return Wire((self.count, self.width), planes=True)
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return torch.cat(operands)
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        if any(len(planes) != 2 or planes[1] != self.width for planes in operands):
+            raise ValueError(f"planes of {self.width} bytes, of shapes {', '.join(map(str, operands[:4]))}")
+        return (sum(planes[0] for planes in operands), self.width)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from functools import cache
 from typing import Any
 
@@ -94,6 +95,9 @@ def every_protocol() -> bytes:
         "centre": 1,
         "coefficients": [3, -1, 5],
     }
+    compared = next(n for n, i in enumerate(d["instructions"]) if i[0] == "compare")
+    thresholds = d["instructions"][compared][1]
+    planes = [len(thresholds["thresholds"]), -(-math.prod(thresholds["shape"]) // 8)]
     doubled = [2 * opened["shape"][0], *opened["shape"][1:]]
     more = {
         "digit_in": ["digit_in", {**opened, "shift": opened["ring"] - 5, "count": 9}, [opening], 0],
@@ -117,6 +121,8 @@ def every_protocol() -> bytes:
         "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
         "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
         "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
+        "stack": ["stack", {"ring": bits, "shape": [2, *shape]}, [share, share], 0],
+        "stack_bits": ["stack_bits", dict(zip(("count", "width"), planes, strict=True)), [compared], 0],
         "expand": ["expand", {"ring": bits, "shape": [2, *shape]}, [share], 0],
         "slice": ["slice", {"dim": 0, "ring": bits, "shape": shape, "start": 0, "step": 1, "stop": 1}, [share], 0],
         "take": ["take", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]], "runs": [[0, 0, 2]]}, [share], 0],

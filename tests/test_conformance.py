@@ -344,6 +344,23 @@ def concat(s: Setup) -> Check:
     return exactly(expected, ring)
 
 
+@case(local.Stack)
+def stack(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), s.shape()
+    parts = [s.secret(shape, ring) for _ in range(s.number("parts", 1, 4))]
+    s.add(local.Stack((len(parts), *shape), ring), *(i for i, _ in parts))
+    return exactly(np.stack([x for _, x in parts]), ring)
+
+
+@case(local.StackBits)
+def stack_bits(s: Setup) -> Check:
+    shape = s.shape()
+    parts = [s.planes(s.number("planes", 1, 3), math.prod(shape)) for _ in range(s.number("parts", 1, 3))]
+    planes = torch.cat([b for _, b in parts])
+    s.add(local.StackBits(planes.shape[1], len(planes)), *(i for i, _ in parts))
+    return same_bits(plane_bits(planes, shape), shape)
+
+
 @case(local.Take)
 def take(s: Setup) -> Check:
     ring, shape = s.number("ring", 1, 64), s.shape()

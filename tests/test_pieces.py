@@ -156,11 +156,11 @@ def test_gelu_takes_narrow_openings_and_no_round_more() -> None:
         return gelu(v).linear(WeightRef("w", (8, 8)))
 
     run = run_function(function, x, weights=weights, prices=DEAR_ROUNDS)
-    openings = [i.protocol.ring for i in run.circuit if isinstance(i.protocol, tp.Open)]
-    assert openings == [24, 14, 14, 14, 14]
+    openings = [(i.protocol.ring, i.protocol.shape) for i in run.circuit if isinstance(i.protocol, tp.Open)]
+    assert openings == [(24, x.shape), (14, (4, *x.shape))]  # x, and its four pieces
     assert [ring for ring, _ in extended(run)] == [24, 14]
     assert run.cost.rounds == 6  # x, the comparison, bits and pieces, extensions; the layer and the answer
-    assert max(i.protocol.ring for i in run.circuit if isinstance(i.protocol, tp.Polynomial)) == 52
+    assert max(i.protocol.ring for i in run.circuit if isinstance(i.protocol, tp.Polynomials)) == 52
     assert off(run, F.gelu(x)) <= bound(5.6e-4, 16) + 2.0**-13
 
 

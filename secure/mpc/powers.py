@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -270,18 +271,16 @@ def emit(e: Emitter, i: int, p: Primitive) -> Share:
     drop = plan.fraction[x] - bands.fraction
     value = e.truncate(e.get(x, bands.opened + drop), p.shape, drop)
     at = e.emit(tp.Open(p.shape, bands.opened), value.index)
-    total, *finer = (_look_up(e, i, p, band, bands, at) for band in bands.bands)
-    before, width = total, plane_bytes(elements_of(p.shape))
-    form = (p.shape, min(band.ring for band in (total, *finer)))  # a word may end some of them, and not all alike
+    first, *finer = values = [_look_up(e, i, p, band, bands, at) for band in bands.bands]
     taken = [e.emit(protocol, at) for protocol in bands.choosing(p.shape, plan.prices.dealt_for_online)]
-    if bands.compared:
-        taken = [e.emit(local.Indicators(width, ((k,),), (False,)), taken[0]) for k in range(len(finer))]
-    for value, bit in zip(finer, taken, strict=True):
-        gain = e.emit(tp.Open(*form), e.emit(local.Sub(*form), value.index, before.index))
-        chosen = e.emit(tp.Select(*form, (1,), (0,)), e.emit(tp.OpenBits(p.shape, 1), bit), gain)
-        total = Share(e.emit(local.Add(*form), total.index, chosen), form[1], value.fraction)
-        before = value
-    return total
+    if not finer:
+        return first
+    size, ring = len(finer), min(value.ring for value in values)  # a word may end some of them, and not all alike
+    steps = [e.emit(local.Sub(p.shape, ring), after.index, before.index) for before, after in pairwise(values)]
+    gains = e.emit(tp.Open((size, *p.shape), ring), e.emit(local.Stack((size, *p.shape), ring), *steps))
+    bits = taken[0] if bands.compared else e.emit(local.StackBits(plane_bytes(elements_of(p.shape)), size), *taken)
+    chosen = e.emit(tp.SelectEach(p.shape, ring, size), e.emit(tp.OpenBits(p.shape, size), bits), gains)
+    return Share(e.emit(local.Add(p.shape, ring), first.index, chosen), ring, first.fraction)
 
 
 def _look_up(e: Emitter, i: int, p: Primitive, band: _Band, bands: _Bands, at: int) -> Share:
