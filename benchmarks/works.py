@@ -27,8 +27,8 @@ from approximations.division import reciprocal
 from benchmarks.peers import works as peers
 from benchmarks.peers.works import Array
 from protocols import ring
-from protocols.circuit import Instruction
 from protocols.fixedpoint import FixedPoint
+from protocols.flow import Instruction
 from protocols.local import AddWeight, Indicators
 from protocols.protocol import Protocol, plane_shape
 from protocols.two_party import Compare, Input, Open, OpenBits, Reveal, Select

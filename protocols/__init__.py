@@ -20,6 +20,7 @@ matmul       the fastest of these kernels and torch's own
 prg          AES-CTR streams, keys
 protocol     the base class of protocols; exchanges, openings, draws, costs
 ahead        streams of many instructions, made together
+flow         a circuit, and what follows from it alone: its schedule, who reads what
 steps        merging steps and running them: the loop of every party
 local        steps without messages: sums, shapes, truncation
 ckks/        homomorphic evaluation: the server computes on ciphertexts
@@ -27,7 +28,7 @@ two_party/   the protocols between client and server, with a dealer
 three_party/ the protocols between three servers of which at most one is corrupted
 warm         all that is compiled, before a query waits for it
 weights      each party's part of the server's weights
-circuit      circuits of protocols: execute, prepare, deal, reference
+circuit      running circuits: execute, prepare, deal, reference
 """
 
 __unseen__ = True  # the mark that unseen_start looks for

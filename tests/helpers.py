@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from protocols import ring
-from protocols.circuit import Circuit, Correlations, Instruction, deal, execute, prepare, reference
+from protocols.circuit import Correlations, deal, execute, prepare, reference
 from protocols.fixedpoint import FixedPoint
+from protocols.flow import Circuit, Instruction
 from protocols.prg import Key
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Material, Opening, Shape, Step, Weights
 from protocols.steps import PairTraffic, run_pair

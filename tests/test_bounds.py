@@ -26,7 +26,8 @@ from parties.proto import unseen_pb2 as pb
 from parties.served.described import ask_description
 from parties.served.files import unpack_masked
 from parties.two_party.dealer import DealerService
-from protocols.circuit import Instruction, deal, total_cost
+from protocols.circuit import deal, total_cost
+from protocols.flow import Instruction
 from protocols.protocol import Protocol
 from protocols.two_party import Compare, Input, Open
 from protocols.weights import DealerWeights

@@ -24,7 +24,6 @@ from protocols.circuit import (
     CircuitError,
     CorrelationReused,
     Correlations,
-    Instruction,
     MetaWeights,
     Observer,
     Part,
@@ -35,6 +34,7 @@ from protocols.circuit import (
     reference,
     total_cost,
 )
+from protocols.flow import Flow, Instruction
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Exchange, Local, Protocol, Shape, Step, Weights
 from protocols.steps import Done, Framed, FrameObserver, PairTraffic, advance, run_pair, unpack_frame
 from protocols.weights import ServerWeights
@@ -128,6 +128,19 @@ def test_both_parties_wait_for_the_same_instructions() -> None:
     assert seen[SERVER] == seen[CLIENT] == [[2, 3, 8], [6], [9]]
 
 
+class _Chatty(tp.Open):
+    def cost(self) -> CircuitCost:
+        return CircuitCost()
+
+
+def test_a_protocol_that_exchanges_more_often_than_its_cost_is_a_fault() -> None:
+    """The schedule is that of the costs: its result would be read before it is there."""
+    circuit = [Instruction(tp.Input(SHAPE, RING, "x", 0, -1.0, 1.0)), Instruction(_Chatty(SHAPE, RING), (0,))]
+    step = execute(circuit, [1], SERVER, Correlations(SERVER, key()), ServerWeights({}))
+    with pytest.raises(RuntimeError, match=r"instruction 1 \(open\) exchanges more often than its cost"):
+        next(step)
+
+
 class _Seen(Observer):
     def __init__(self, rounds: list[list[int]]) -> None:
         self.rounds = rounds
@@ -176,6 +189,20 @@ def circuits(draw: st.DrawFn) -> list[Instruction]:
         circuit.append(Instruction(protocol, inputs))
         result.append(at)
     return circuit
+
+
+@settings(deadline=None)
+@given(circuit=circuits())
+def test_instructions_start_as_soon_as_their_operands_are_there(circuit: list[Instruction]) -> None:
+    flow = Flow.of(circuit)
+    assert list(flow) == circuit
+    assert Flow.of(flow) is flow
+    starts = {index: rounds for rounds, phase in enumerate(flow.phases) for index in phase}
+    assert sorted(starts) == list(range(len(circuit)))
+    assert all(phase == sorted(phase) for phase in flow.phases)
+    for index, instruction in enumerate(circuit):
+        assert starts[index] == max((flow.finished[i] for i in instruction.inputs), default=0)
+        assert flow.finished[index] == starts[index] + instruction.protocol.cost().rounds
 
 
 @settings(deadline=None, max_examples=60)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from protocols import ring
 from protocols import two_party as tp
-from protocols.circuit import Correlations, Instruction, deal, execute
+from protocols.circuit import Correlations, deal, execute
 from protocols.errors import ClientDeviates
+from protocols.flow import Instruction
 from protocols.prg import Key
 from protocols.protocol import CircuitCost, Exchange
 from protocols.steps import Done, advance, pack_frame, unpack_frame

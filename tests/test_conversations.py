@@ -35,7 +35,8 @@ from parties.two_party.keys import Ratchet, deal_proof, proving_key
 from parties.two_party.masked_model import MaskedModel, mask_models
 from parties.two_party.server import InferenceService
 from parties.two_party.stocked import memory_of, receive_together
-from protocols.circuit import Instruction, correction_places
+from protocols.circuit import correction_places
+from protocols.flow import Instruction
 from protocols.prg import Key
 from protocols.two_party import Input, KeptRows, Publish
 from secure.deployments.two_party import SERVER

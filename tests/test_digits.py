@@ -14,8 +14,9 @@ from torch import Tensor
 
 from protocols import bits, kernels, local
 from protocols import two_party as tp
-from protocols.circuit import Instruction, check, deal
+from protocols.circuit import check, deal
 from protocols.fields import ENTRIES
+from protocols.flow import Instruction
 from protocols.protocol import CircuitCost, Protocol, Shape
 from protocols.two_party.digits import DIGIT_BITS, ROW
 from protocols.weights import DealerWeights, ServerWeights

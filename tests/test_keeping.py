@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from protocols import two_party as tp
-from protocols.circuit import CorrelationReused, Correlations, Instruction, check, deal, execute
+from protocols.circuit import CorrelationReused, Correlations, check, deal, execute
+from protocols.flow import Instruction
 from protocols.protocol import CLIENT, SERVER, Opening
 from protocols.steps import PairTraffic, run_pair
 from protocols.two_party import KeptRows, keepers

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import secure
 from parties.reports.tables import profile_tables, titled
-from protocols.circuit import Instruction
+from protocols.flow import Instruction
 from protocols.protocol import (
     PARTY_NAMES,
     CircuitCost,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import secure
 from protocols import ring
-from protocols.circuit import Correlations, Instruction, execute, total_cost
+from protocols.circuit import Correlations, execute, total_cost
+from protocols.flow import Instruction
 from protocols.protocol import CLIENT
 from protocols.steps import pack_frame
 from protocols.two_party import Input, Linear, Open, Reveal

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import secure
 from approximations.primitives import by_size, top_indices, top_of, top_values
 from protocols import two_party as tp
-from protocols.circuit import Instruction, check
+from protocols.circuit import check
+from protocols.flow import Instruction
 from protocols.protocol import CircuitCost
 from secure.deployments.deployment import Deployment
 from secure.errors import DoesNotFit, InvalidInput, UnsupportedOperation

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import secure
 from benchmarks.rounding import told
 from protocols import two_party as tp
-from protocols.circuit import Instruction, check
+from protocols.circuit import check
+from protocols.flow import Instruction
 from protocols.protocol import CircuitCost
 from secure.deployments.compiled import ANSWER_COSINE, answer_bits_for, build
 from secure.deployments.deployment import CompileOptions, Deployment

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import secure
 from protocols import two_party as tp
-from protocols.circuit import Correlations, Instruction, check, deal, execute
+from protocols.circuit import Correlations, check, deal, execute
+from protocols.flow import Instruction
 from protocols.prg import Key
 from protocols.protocol import CLIENT, SERVER, CircuitCost, Protocol
 from protocols.steps import run_pair

@@ -34,8 +34,9 @@ from parties.three_party.shared_model import share_model
 from parties.two_party.keys import mask_key
 from parties.two_party.masked_model import MaskedModel, by_file, mask_model
 from protocols import two_party as tp
-from protocols.circuit import Instruction, check
+from protocols.circuit import check
 from protocols.fixedpoint import FixedPoint
+from protocols.flow import Instruction
 from protocols.protocol import CircuitCost
 from protocols.weights import DealerWeights
 from secure.deployments.compilation import Compilation

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.ahead import TOGETHER, StreamsAhead, short_draws
-from protocols.circuit import Instruction, drawn
+from protocols.circuit import drawn
+from protocols.flow import Instruction
 from protocols.local import Truncate
 from protocols.prg import SHORT, Key, fresh_seed
 from protocols.protocol import Draw

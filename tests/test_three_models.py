@@ -14,7 +14,8 @@ from torch import Tensor
 
 from protocols import ring
 from protocols import two_party as tp
-from protocols.circuit import Instruction, deal, reference
+from protocols.circuit import deal, reference
+from protocols.flow import Instruction
 from protocols.prg import fresh_seed
 from protocols.protocol import SERVER, Material, Step, Weights
 from protocols.steps import PairTraffic, run_pair

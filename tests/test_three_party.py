@@ -17,7 +17,8 @@ from torch import Tensor
 
 from protocols import local, matmul, ring
 from protocols import two_party as tp
-from protocols.circuit import Circuit, Instruction, drawn
+from protocols.circuit import drawn
+from protocols.flow import Circuit, Instruction
 from protocols.protocol import Opening, Protocol, Shape
 from protocols.steps import run_pair
 from protocols.three_party import PublicLinear, SharedInput, SharedLinear, Translated, translate

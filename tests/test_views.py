@@ -16,7 +16,7 @@ from torch import Tensor
 
 from protocols import bits
 from protocols import two_party as tp
-from protocols.circuit import Circuit, Instruction
+from protocols.flow import Circuit, Instruction
 from protocols.kernels import Array
 from protocols.protocol import CLIENT, SERVER, Draw, Exchange, Material, Opening, Protocol, Step, Weights, swap
 from protocols.three_party import Translated

@@ -17,7 +17,7 @@ import secure
 from approximations import Piece, power
 from protocols import bits, kernels, ring
 from protocols import two_party as tp
-from protocols.circuit import Instruction
+from protocols.flow import Instruction
 from protocols.two_party.conditions import PARITIES
 from secure import InvalidInput, InvalidProgram, OutOfRange, Program
 from secure.cost.circuit_profile import checks_price

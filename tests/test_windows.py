@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocols import local, windows
 from protocols import two_party as tp
-from protocols.circuit import Instruction
+from protocols.flow import Instruction
 from protocols.windows import CACHED, Window, check_runs, runs_of, take
 from secure.mpc.budget import load_of
 

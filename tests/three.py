@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from protocols import ring
-from protocols.circuit import Circuit, Correlations, Instruction, deal, execute, prepare
+from protocols.circuit import Correlations, deal, execute, prepare
+from protocols.flow import Circuit, Instruction
 from protocols.prg import Key
 from protocols.protocol import CircuitCost, Protocol, Shape, Step, Weights
 from protocols.steps import PairTraffic, run_pair

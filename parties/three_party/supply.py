@@ -14,7 +14,8 @@ from parties.proto import unseen_pb2 as pb
 from parties.store.entries import Taken
 from parties.three_party.asked import Progress
 from parties.three_party.pair_keys import Seal
-from protocols.circuit import Circuit, ReadWhenUsed, correction_places
+from protocols.circuit import ReadWhenUsed, correction_places
+from protocols.flow import Circuit
 from protocols.prg import SEED_BYTES
 from secure.deployments.three_party import PARTIES
 from secure.errors import Error, PeerLost, ProtocolError

@@ -20,7 +20,8 @@ from parties.two_party.conversations import IN_MEMORY as IN_MEMORY
 from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import entry_proving_key, server_entry_key
 from parties.two_party.masked_model import MaskedModel
-from protocols.circuit import Circuit, Correlations, ReadWhenUsed, correction_places, split_corrections
+from protocols.circuit import Correlations, ReadWhenUsed, correction_places, split_corrections
+from protocols.flow import Circuit
 from protocols.prg import KEY_BYTES, Key
 from protocols.protocol import SERVER
 from secure.errors import DealerError, StoreError

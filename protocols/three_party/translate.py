@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from protocols import ring
-from protocols.circuit import Circuit, Flow, Instruction, total_cost
+from protocols.circuit import total_cost
+from protocols.flow import Circuit, Flow, Instruction
 from protocols.local import Patches
 from protocols.protocol import CircuitCost, Protocol, Shape
 from protocols.three_party.checks import InRange, UnitVectors

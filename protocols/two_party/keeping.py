@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import local
-from protocols.circuit import Flow
 from protocols.fields import Name, Ring, Shape
+from protocols.flow import Flow
 from protocols.protocol import SERVER, Local, Material, Opening, Silent, Weights
 from protocols.wire import Wire
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocols.circuit import Circuit, Correlations, MetaWeights, Observer, Part, execute
+from protocols.circuit import Correlations, MetaWeights, Observer, Part, execute
+from protocols.flow import Circuit
 from protocols.protocol import CLIENT, PARTY_NAMES, SERVER, CircuitCost, Exchange, Opening, Protocol
 from protocols.steps import Done, advance
 from secure.cost.runnable import Runnable

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocols.circuit import Circuit, Correlations, Instruction, execute, prepare
+from protocols.circuit import Correlations, execute, prepare
 from protocols.errors import ClientDeviates
+from protocols.flow import Circuit, Instruction
 from protocols.matmul import Matrix
 from protocols.narrow import narrowed
 from protocols.prg import KEY_BYTES, Key, fresh_seed

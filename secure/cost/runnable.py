@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from protocols.circuit import Circuit, total_cost
+from protocols.circuit import total_cost
+from protocols.flow import Circuit
 from protocols.protocol import CircuitCost
 
 

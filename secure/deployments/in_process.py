@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from protocols.circuit import Circuit, Correlations, deal, execute, prepare, reference
+from protocols.circuit import Correlations, deal, execute, prepare, reference
+from protocols.flow import Circuit
 from protocols.prg import KEY_BYTES, Key, fresh_seed
 from protocols.protocol import CLIENT, SERVER, CircuitCost
 from protocols.steps import PairTraffic, run_pair

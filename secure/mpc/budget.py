@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from protocols.circuit import Circuit
+from protocols.flow import Circuit
 from protocols.protocol import Shape
 from secure.errors import InvalidInput, InvalidProgram
 from secure.mpc.program import Program

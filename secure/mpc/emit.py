@@ -23,8 +23,8 @@ from functools import partial
 
 from protocols import local
 from protocols import two_party as tp
-from protocols.circuit import Flow
 from protocols.fixedpoint import FixedPoint
+from protocols.flow import Flow
 from protocols.protocol import Protocol
 from secure.errors import InvalidInput, UnsupportedOperation
 from secure.lowering.primitives import Primitive

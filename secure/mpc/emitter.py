@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from protocols import local
 from protocols import two_party as tp
-from protocols.circuit import Instruction
+from protocols.flow import Instruction
 from protocols.protocol import Protocol
 from protocols.ring import WORD
 from secure.mpc.plan import Plan

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from protocols.circuit import Circuit, total_cost
+from protocols.circuit import total_cost
+from protocols.flow import Circuit
 from protocols.protocol import CircuitCost
 from secure.mpc.network import NetworkSpeed
 

@@ -22,9 +22,10 @@ from pydantic import ConfigDict, FailFast, Field, TypeAdapter, with_config
 from torch import Tensor
 
 from protocols import ring
-from protocols.circuit import Circuit, Flow, Instruction, check, total_cost
+from protocols.circuit import check, total_cost
 from protocols.fields import MAXIMUM_ELEMENTS, Bits, Name, Operands, Shape, Whole
 from protocols.fixedpoint import FixedPoint
+from protocols.flow import Circuit, Flow, Instruction
 from protocols.protocol import CircuitCost, Protocol
 from protocols.two_party import Input, Publish, Recall, Reveal, keepers
 from secure.capture.documents import read_document, what_is_wrong
