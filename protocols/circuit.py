@@ -1,4 +1,4 @@
-"""What runs a circuit (see ``flow``): four functions.
+"""The four functions that run a circuit (see ``flow``).
 
 ``execute``   runs one party's online part, as one step that merges everything ready into one round
 ``prepare``   runs the client's offline part: results that need no input (its shares of linear layers)

@@ -34,7 +34,7 @@ class Flow(tuple[Instruction, ...]):
 
     @cached_property
     def uses(self) -> list[int]:
-        """How many times each result is read."""
+        """The number of times that each result is read."""
         return self._uses(range(len(self)))
 
     @cached_property
@@ -44,7 +44,7 @@ class Flow(tuple[Instruction, ...]):
 
     @cached_property
     def uses_dealt(self) -> list[int]:
-        """How many times the dealer reads the mask of each result."""
+        """The number of times that the dealer reads the mask of each result."""
         return self._uses(self.dealt)
 
     def _uses(self, readers: Iterable[int]) -> list[int]:
