@@ -205,6 +205,24 @@ def execute(
         else:
             raise RuntimeError(f"instruction {index} ({flow[index].protocol.kind}) exchanges more often than its cost")
 
+    def start(index: int) -> None:
+        protocol, operands = flow[index].protocol, values.take(flow[index].inputs)
+        if correlations.is_finished(index):
+            values.put(index, correlations.finished(index))
+            told.finished(index)
+            return
+        if index in named:
+            operands = ((inputs or {})[named[index]],)
+        told.computing(index)
+        material = correlations.take(index, protocol)
+        if protocol.exchanges:
+            resume(index, protocol.run(party, material, operands, weights), None)
+        else:
+            value = protocol.compute(party, material, operands, weights)  # type: ignore[attr-defined]
+            told.computed(index)
+            values.put(index, value)
+            told.finished(index)
+
     for rounds, starting in enumerate(flow.phases):
         if rounds:
             current, waiting = sorted(waiting, key=_place), []
@@ -217,23 +235,7 @@ def execute(
                 told.computing(index)
                 resume(index, step, received)
         for index in starting:
-            protocol, inputs_of = flow[index].protocol, flow[index].inputs
-            operands = values.take(inputs_of)
-            if correlations.is_finished(index):
-                values.put(index, correlations.finished(index))
-                told.finished(index)
-                continue
-            if index in named:
-                operands = ((inputs or {})[named[index]],)
-            told.computing(index)
-            material = correlations.take(index, protocol)
-            if protocol.exchanges:
-                resume(index, protocol.run(party, material, operands, weights), None)
-            else:
-                value = protocol.compute(party, material, operands, weights)  # type: ignore[attr-defined]
-                told.computed(index)
-                values.put(index, value)
-                told.finished(index)
+            start(index)
     return list(values.take(outputs))
 
 

@@ -420,7 +420,7 @@ def select_each(planes: Tensor, beta: Tensor, beta_r: Tensor, z: Tensor, r: Tens
     products with r. Arithmetic modulo 2^64.
     """
     if _fast(z):
-        rows = (x.reshape(len(x), -1).numpy() for x in (beta, beta_r, z, r))
+        rows = (np.ascontiguousarray(x.reshape(len(x), -1).numpy()) for x in (beta, beta_r, z, r))
         return torch.from_numpy(_select_each(planes.numpy(), *rows, int(server))).reshape(z.shape[1:])
     masked, whole = z * beta - beta_r, (z if server else 0) - r
     stacked = torch.stack([bits.unpack(plane, tuple(z.shape[1:])) for plane in planes]).bool()
@@ -601,7 +601,7 @@ def _cubics(z: Array, r: Array, r2: Array, r3: Array, centres: Array, tables: Ar
     return out
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _binomials(coefficients: tuple[tuple[int, ...], ...]) -> Array:
     """Return (-1)^k C_j binom(j, k) of every polynomial at [polynomial, k, j], of 4 rows and columns at least."""
     size = max(4, *map(len, coefficients))
@@ -631,15 +631,21 @@ def polynomials(
         flat = _cubics(_flat(z), r, r2, r3, residues(centres), tables, first == 0)
         return torch.from_numpy(flat.reshape(len(centres), *z.shape))
     out = []
-    for centre, table in zip(centres, tables, strict=True):
+    for centre, table, own in zip(centres, tables, coefficients, strict=True):
         v, total = z - ring.wrap(centre), torch.zeros_like(z)
-        for k in range(first, degree + 1):
+        for k in range(first, len(own)):
             inner = torch.zeros_like(z)
-            for j in range(degree, k - 1, -1):
+            for j in range(len(own) - 1, k - 1, -1):
                 inner = inner * v + int(table[k, j])
             total = total + (inner * powers[k - 1] if k else inner)
         out.append(total)
     return torch.stack(out)
+
+
+def polynomial_passes(coefficients: tuple[tuple[int, ...], ...]) -> int:
+    """Count the passes that ``polynomials`` takes over its argument."""
+    longest = max(map(len, coefficients))
+    return len(coefficients) if 2 <= longest <= 4 else sum(len(own) * (len(own) + 1) // 2 for own in coefficients)
 
 
 # inverse powers: the dealer fits a polynomial in each interval of an opened secret

@@ -358,6 +358,10 @@ class Protocol(ABC):
         """Count the terms of floating-point sums that the dealer computes for it; 0 if it deals sums and products."""
         return 0
 
+    def repeated(self) -> int:
+        """Count the elements that it goes over again and again, beyond its operands and its result once."""
+        return 0
+
     def stand_in(self) -> Any:
         """Return a result of the right form made of zeros, so that its readers can be timed without computing it."""
         value = torch.zeros(self.out.shape, dtype=self.out.dtype)
@@ -372,6 +376,11 @@ class Silent(Protocol):
     """A protocol without messages: with what was dealt, each party computes its part alone."""
 
     exchanges: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "run" in cls.__dict__:
+            raise TypeError(f"{cls.__name__}.run would never be called: write compute, or derive from Protocol")
 
     @abstractmethod
     def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:

@@ -28,8 +28,8 @@ from parties.served.files import unpack_masked
 from parties.two_party.dealer import DealerService
 from protocols.circuit import deal, total_cost
 from protocols.flow import Instruction
-from protocols.protocol import Protocol
-from protocols.two_party import Compare, Input, Open
+from protocols.protocol import SERVER, Protocol
+from protocols.two_party import Compare, Input, Open, Polynomials, Powers
 from protocols.weights import DealerWeights
 from secure.capture.clear_operations import (
     CLEAR_OPERATIONS,
@@ -369,6 +369,31 @@ def test_comparisons_take_no_longer_than_their_load_says() -> None:
     finally:
         torch.set_num_threads(threads)
     assert min(taken) < said[0]
+
+
+@pytest.mark.parametrize("count", [1, 50_000])
+def test_polynomials_take_no_longer_than_their_load_says(count: int) -> None:
+    """They were taken for one pass, whatever their degrees."""
+    shape, rows = (count,), tuple((1,) * 17 for _ in range(15))
+    with pytest.raises(ValueError, match="polynomials of 272 terms, at most 256"):
+        Polynomials(shape, 64, (0,) * 16, (*rows, rows[0])).validate()
+    made = Polynomials(shape, 64, (0,) * 15, rows)
+    made.validate()
+    circuit = [Instruction(Input(shape, 64, "x", 8, -1.0, 1.0)), Instruction(Open(shape, 64), (0,))]
+    circuit += [Instruction(Powers(shape, 64, 16), (1,)), Instruction(made, (2,))]
+    value = torch.zeros(shape, dtype=torch.int64)
+
+    def taken() -> float:
+        start = time.process_time()
+        made.compute(SERVER, {}, ((value, (value,) * 16),), DealerWeights(key(), {}))
+        return time.process_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert min(taken() for _ in range(3)) < load_of(circuit, {}).seconds
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_real_models_are_within_the_default_budget() -> None:

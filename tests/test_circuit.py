@@ -141,6 +141,34 @@ def test_a_protocol_that_exchanges_more_often_than_its_cost_is_a_fault() -> None
         next(step)
 
 
+def test_a_run_that_would_never_be_called_is_a_fault() -> None:
+    with pytest.raises(TypeError, match=r"_Loud\.run would never be called"):
+
+        class _Loud(tp.Product):
+            def run(self, *of: Any) -> Step[Any]:
+                return (yield Exchange())
+
+
+def test_nothing_is_held_while_a_party_waits_but_what_is_read_later() -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    class Watched(local.MulConstant):
+        def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+            made.append(weakref.ref(found := super().apply(party, operands, weights)))
+            return found
+
+    circuit = [
+        Instruction(tp.Input(SHAPE, RING, "x", 0, -1.0, 1.0)),
+        Instruction(tp.Open(SHAPE, RING), (0,)),
+        Instruction(Watched(SHAPE, RING, 3), (0,)),
+        Instruction(local.Add(SHAPE, RING), (2, 2)),
+    ]
+    x = {"x": torch.ones(SHAPE, dtype=torch.int64)}
+    step = execute(circuit, [1], CLIENT, Correlations(CLIENT, key()), ServerWeights({}), x)
+    next(step)
+    assert [each() for each in made] == [None]
+
+
 class _Seen(Observer):
     def __init__(self, rounds: list[list[int]]) -> None:
         self.rounds = rounds
@@ -294,6 +322,9 @@ MISFITS: dict[str, Instruction] = {
     "powers of another shape": Instruction(tp.Powers((1,), RING, 2), (1,)),
     "a polynomial beyond its powers": Instruction(tp.Polynomial(EIGHT, RING, 0, (1, 2, 3, 4)), (4,)),
     "polynomials beyond their powers": Instruction(tp.Polynomials(EIGHT, RING, (0, 1), ((1,), (1, 2, 3, 4))), (4,)),
+    "polynomials of too many terms": Instruction(tp.Polynomials(EIGHT, RING, (0,) * 129, ((1, 2),) * 129), (4,)),
+    "an opening that is kept under no name": Instruction(tp.Keep(EIGHT, RING, ""), (1,)),
+    "an opening of before without a name": Instruction(tp.Recall(EIGHT, RING, "")),
     "polynomials without a centre": Instruction(tp.Polynomials(EIGHT, RING, (0,), ((1,), (1, 2))), (4,)),
     "an opening lifted from more bits than it has": Instruction(tp.Lift(EIGHT, RING + 1, 0, 64), (1,)),
     "an opening lifted to less": Instruction(tp.Lift(EIGHT, RING, 0, RING), (1,)),

@@ -43,6 +43,9 @@ class Keep(Silent):
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
 
+    def validate(self) -> None:
+        _check_name(self.name)
+
     @property
     def keeps(self) -> str:
         return self.name
@@ -75,6 +78,9 @@ class Recall(Silent):
     def out(self) -> Wire:
         return Wire(self.shape, self.ring)
 
+    def validate(self) -> None:
+        _check_name(self.name)
+
     @property
     def recalls(self) -> str:
         return self.name
@@ -96,6 +102,11 @@ class Recall(Silent):
         if tuple(x.shape) != self.shape:
             raise ValueError(f"what is kept as {self.name!r} has shape {tuple(x.shape)}, not {self.shape}")
         return x
+
+
+def _check_name(name: str) -> None:
+    if not name:
+        raise ValueError("an opening that is kept under no name")
 
 
 class _Moved(Local):

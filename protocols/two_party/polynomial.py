@@ -17,10 +17,24 @@ from typing import Any, ClassVar
 import torch
 
 from protocols import kernels, ring
-from protocols.fields import Bits, Degree, Residue, ResidueRows, Residues, Ring, Shape
-from protocols.protocol import SERVER, CircuitCost, Draw, Material, Protocol, Silent, Weights, broadcast, bytes_of
+from protocols.fields import ENTRIES, Bits, Degree, Residue, ResidueRows, Residues, Ring, Shape
+from protocols.protocol import (
+    SERVER,
+    CircuitCost,
+    Draw,
+    Material,
+    Protocol,
+    Silent,
+    Weights,
+    broadcast,
+    bytes_of,
+    count,
+)
 from protocols.two_party.lift import Lift, LiftedPowers
 from protocols.wire import Wire
+
+PASS = 1000
+"""The elements that take as long as it takes to begin a pass over a tensor."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,9 @@ class Polynomial(Silent):
         ((z, powers),) = operands
         return kernels.polynomials(z, powers, (self.centre,), (self.coefficients,), party)[0]
 
+    def repeated(self) -> int:
+        return kernels.polynomial_passes((self.coefficients,)) * (count(self.shape) + PASS)
+
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         return _value(operands[0], self.centre, self.coefficients)
 
@@ -134,6 +151,8 @@ class Polynomials(Silent):
     def validate(self) -> None:
         if len(self.centres) != len(self.coefficients):
             raise ValueError(f"{len(self.centres)} centres of {len(self.coefficients)} polynomials")
+        if (terms := sum(map(len, self.coefficients))) > ENTRIES:
+            raise ValueError(f"polynomials of {terms} terms, at most {ENTRIES}")
 
     def check_operands(self, operands: Sequence[Protocol]) -> None:
         (powers,), degree = operands, max(map(len, self.coefficients)) - 1
@@ -143,6 +162,9 @@ class Polynomials(Silent):
     def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, powers),) = operands
         return kernels.polynomials(z, powers, self.centres, self.coefficients, party)
+
+    def repeated(self) -> int:
+        return kernels.polynomial_passes(self.coefficients) * (count(self.shape) + PASS)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         (x,) = operands

@@ -25,6 +25,7 @@ BYTE_SECONDS = 0.5e-9  # to draw, combine and encode one byte
 PACKED_SECONDS = 6e-9  # to deal one byte of tables, or of products of bits, each of which is made of up to 15 others
 FITTED_SECONDS = 25e-9  # of one term of the sums that a dealer computes in floating point
 PRODUCT_SECONDS = 0.25e-9  # of one multiply-accumulate in a matrix product
+STEP_SECONDS = 12e-9  # of one element in a pass over a tensor
 INSTRUCTION_SECONDS = 100e-6
 
 
@@ -92,7 +93,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape], *, weights: bo
     """
     packed: dict[tuple[str, int], int] = {}
     last = {operand: index for index, instruction in enumerate(circuit) for operand in instruction.inputs}
-    held = live = products = drawn = touched = of_bytes = fitted = 0
+    held = live = products = drawn = touched = of_bytes = fitted = steps = 0
     for index, instruction in enumerate(circuit):
         p, operands = instruction.protocol, [circuit[i].protocol for i in instruction.inputs]
         if weights and (use := p.weight_use) and use.multiplied:
@@ -104,7 +105,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape], *, weights: bo
         held -= sum(circuit[i].protocol.memory() for i in set(instruction.inputs) if last[i] == index)
         drawn, touched = drawn + own, touched + work
         of_bytes += sum(d.wire.size for d in p.draws if d.wire.planes and d.derived)
-        fitted += p.fitted()
+        fitted, steps = fitted + p.fitted(), steps + p.repeated()
         products += 0 if p.weight_use and not weights else p.products(weight_shapes, [o.out.shape for o in operands])
     held_weights = sum(math.prod(weight_shapes[name]) for name in {name for name, _ in packed})
     return Load(
@@ -116,6 +117,7 @@ def load_of(circuit: Circuit, weight_shapes: Mapping[str, Shape], *, weights: bo
         seconds=touched * BYTE_SECONDS
         + of_bytes * PACKED_SECONDS
         + fitted * FITTED_SECONDS
+        + steps * STEP_SECONDS
         + products * PRODUCT_SECONDS
         + len(circuit) * INSTRUCTION_SECONDS,
     )
