@@ -302,7 +302,8 @@ def test_three_processes(directory: Path, tmp_path: Path, monkeypatch: pytest.Mo
                 env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
                 check=False,
             )
-            assert (ended.returncode, ended.stderr) == (0, "")
+            waits = re.sub(r"(?m)^unseen embed: .* \.\.\.\n", "", ended.stderr)  # what takes long on a slow machine
+            assert (ended.returncode, waits) == (0, "")
             vector = torch.tensor(json.loads(ended.stdout)[0]["embedding"], dtype=torch.float64)
             torch.testing.assert_close(vector, expected(directory, TEXT), atol=5e-3, rtol=0)
 
