@@ -17,7 +17,6 @@ from protocols.fields import (
     Axes,
     Axis,
     Bits,
-    Count,
     Name,
     Padding,
     Residue,
@@ -123,6 +122,38 @@ class MulPublic(_Shaped):
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         return broadcast(*operands)
+
+
+def quarter_turn(x: Tensor) -> Tensor:
+    """Return (-x'', x') for the halves x', x'' of the last dimension, each pair of entries turned by 90 degrees."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+@dataclass(frozen=True)
+class Rotated(_Shaped):
+    """[x] * c + [(-x'', x')] * s, broadcast, for halves x', x'' of the last dimension and integers c, s that all know.
+
+    Pairs of entries are turned by angles of the cosines c and sines s (rotary embeddings: Su et al., RoFormer, 2021,
+    section 3.4.2).
+    """
+
+    kind: ClassVar[str] = "rotated"
+    reads: ClassVar[tuple[str, ...]] = ("share", "public", "public")
+
+    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
+        x, c, s = operands
+        return x * c + quarter_turn(x) * s
+
+    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        x, c, s = operands
+        if x[-1:] != c[-1:] or c != s or not x or x[-1] % 2:
+            raise ValueError(f"pairs of the shape {x}, turned by cosines {c} and sines {s}")
+        return broadcast(x, c)
+
+    def scratch(self) -> int:
+        """Return the bytes of two products and of the turned entries."""
+        return 3 * 8 * count(self.shape)
 
 
 @dataclass(frozen=True)
@@ -250,42 +281,20 @@ class Concat(_Shaped):
 
 
 @dataclass(frozen=True)
-class Stack(_Shaped):
-    """Tensors of one shape, stacked along a new first dimension."""
+class Differences(_Shaped):
+    """[x_1 - x_0], [x_2 - x_1], ... of tensors x_i that are stacked along the first dimension."""
 
-    kind: ClassVar[str] = "stack"
-    reads: ClassVar[tuple[str, ...]] = ("share", "...")
-
-    def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
-        return torch.stack(operands)
-
-    def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
-        if len(set(operands)) != 1:
-            raise ValueError(f"the shapes {', '.join(map(str, operands[:4]))} cannot be stacked")
-        return (len(operands), *operands[0])
-
-
-@dataclass(frozen=True)
-class StackBits(Local):
-    """The planes of several operands, one behind another: ``count`` planes of ``width`` bytes in all."""
-
-    kind: ClassVar[str] = "stack_bits"
-    reads: ClassVar[tuple[str, ...]] = ("bits", "...")
-    gives: ClassVar[str] = "bits"
-    width: Whole
-    count: Count
-
-    @property
-    def out(self) -> Wire:
-        return Wire((self.count, self.width), planes=True)
+    kind: ClassVar[str] = "differences"
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
-        return torch.cat(operands)
+        (x,) = operands
+        return x[1:] - x[:-1]
 
     def shape_of(self, operands: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
-        if any(len(planes) != 2 or planes[1] != self.width for planes in operands):
-            raise ValueError(f"planes of {self.width} bytes, of shapes {', '.join(map(str, operands[:4]))}")
-        return (sum(planes[0] for planes in operands), self.width)
+        (x,) = operands
+        if not x or x[0] < 2:
+            raise ValueError(f"differences along the first dimension of {x}")
+        return (x[0] - 1, *x[1:])
 
 
 @dataclass(frozen=True)

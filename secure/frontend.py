@@ -104,13 +104,14 @@ def lower_sizes(
     told: Told = silent,
     public: bool = False,
     late_bytes: int = 0,
+    stacks: bool = False,
     queried: Sequence[bool] = (),
 ) -> list[Lowered]:
     """Turn a module into a trace for each of several sizes, with the ranges that hold the samples of their group.
 
     So the traces of a group have the same primitives, and all read the same weights. public: the positions of tokens
-    are no secret. late_bytes: see ``lowering.lower``; the most rows that a query of the group has count. queried: which
-    sizes queries have; by default all.
+    are no secret. late_bytes, stacks: see ``lowering.lower``; the most rows that a query of the group has count.
+    queried: which sizes queries have; by default all.
     Other arguments and exceptions are those of ``lower_model``. Raises InvalidInput too if the module's graph depends
     on the size, and for weights, or values on a sample, that are NaN or infinite.
     """
@@ -152,6 +153,7 @@ def lower_sizes(
             rows=rows,
             most_rows=counts[size.group],
             late_bytes=late_bytes,
+            stacks=stacks,
         )
         for (graph, parameters), size in zip(made, sizes, strict=True)
     ]
@@ -203,6 +205,7 @@ def lower_outline(
     embedding: str,
     functions: Functions,
     late_bytes: int = 0,
+    stacks: bool = False,
 ) -> tuple[Lowered, Ranges]:
     """Turn a module into a trace without reading its weights; return also the ranges of its values within ``reach``.
 
@@ -214,6 +217,7 @@ def lower_outline(
         name: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype, device="meta")
         for name, v in parameters.items()
     }
-    lowered = lower(graph, shapes, assume(graph, reach), 0, embedding, functions, device="meta", late_bytes=late_bytes)
+    seen = assume(graph, reach)
+    lowered = lower(graph, shapes, seen, 0, embedding, functions, device="meta", late_bytes=late_bytes, stacks=stacks)
     polynomial = any(OPERATIONS[node.op].polynomial for node in graph.nodes if node.visibility == "shared")
     return lowered, Ranges.assume(lowered.trace, reach, polynomial=polynomial)

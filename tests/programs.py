@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from functools import cache
 from typing import Any
 
@@ -71,6 +70,9 @@ def windowed(instructions: list[Any], share: int) -> dict[str, Any]:
     return made
 
 
+TABLE = ("ring", "shift", "degree", "low", "high")
+
+
 @cache
 def every_protocol() -> bytes:
     """The encoding of a Program that has an instruction of every protocol, and some nodes in its client's graph."""
@@ -95,12 +97,16 @@ def every_protocol() -> bytes:
         "centre": 1,
         "coefficients": [3, -1, 5],
     }
-    compared = next(n for n, i in enumerate(d["instructions"]) if i[0] == "compare")
-    thresholds = d["instructions"][compared][1]
-    planes = [len(thresholds["thresholds"]), -(-math.prod(thresholds["shape"]) // 8)]
+    stacked = len(d["instructions"])
+    d["instructions"].append(["concat", {"dim": 0, "ring": bits, "shape": [3, *shape[1:]]}, [share] * 3, 0])
+    table = [opened["ring"], opened["ring"] - 5, 5, 1 << (opened["ring"] - 5), 2 << (opened["ring"] - 5)]
+    inverse = {"shape": opened["shape"], "root": 1, "scale": 2.0 ** opened["ring"], "public": 16, "wide": 64}
     doubled = [2 * opened["shape"][0], *opened["shape"][1:]]
     more = {
         "digit_in": ["digit_in", {**opened, "shift": opened["ring"] - 5, "count": 9}, [opening], 0],
+        "digits_in": ["digits_in", {**opened, "digits": [[opened["ring"] - 5, 9]] * 2}, [opening], 0],
+        "tabulated": ["tabulated", {**inverse, **dict(zip(TABLE, table, strict=True))}, [opening], 0],
+        "tabulated_bands": ["tabulated_bands", {**inverse, "bands": [table, table]}, [opening], 0],
         "histogram": ["histogram", {**opened, "shift": opened["ring"] - 5, "bins": 32}, [opening], 0],
         "opened_sum": ["opened_sum", {**opened, "minus": [True], "constant": 3}, [opening], 0],
         "opened_pairs": ["opened_pairs", {**opened}, [opening], 0],
@@ -120,9 +126,7 @@ def every_protocol() -> bytes:
         "polynomial_product": ["polynomial_product", fused, [lift, powers, lift], 0],
         "powers": ["powers", {"degree": 3, **opened}, [opening], 0],
         "extend": ["extend", {"ring": bits, "shape": shape, "wide": 64}, [share], 0],
-        "concat": ["concat", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]]}, [share, share], 0],
-        "stack": ["stack", {"ring": bits, "shape": [2, *shape]}, [share, share], 0],
-        "stack_bits": ["stack_bits", dict(zip(("count", "width"), planes, strict=True)), [compared], 0],
+        "differences": ["differences", {"ring": bits, "shape": [2, *shape[1:]]}, [stacked], 0],
         "expand": ["expand", {"ring": bits, "shape": [2, *shape]}, [share], 0],
         "slice": ["slice", {"dim": 0, "ring": bits, "shape": shape, "start": 0, "step": 1, "stop": 1}, [share], 0],
         "take": ["take", {"dim": 0, "ring": bits, "shape": [2, *shape[1:]], "runs": [[0, 0, 2]]}, [share], 0],
@@ -144,6 +148,7 @@ def every_protocol() -> bytes:
     d["instructions"] += [more[kind] for kind in more if kind not in have]
     published = next(n for n, i in enumerate(d["instructions"]) if i[0] == "publish")
     d["instructions"].append(["mul_public", {"ring": bits, "shape": shape}, [share, published], 0])
+    d["instructions"].append(["rotated", {"ring": bits, "shape": shape}, [share, published, published], 0])
     wanted = {kind for kind, p in Protocol.registry.items() if p.in_programs and p.__module__.startswith("protocols.")}
     assert {i[0] for i in d["instructions"]} == wanted
     return json.dumps(d, sort_keys=True, separators=(",", ":")).encode()

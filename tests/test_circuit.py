@@ -294,6 +294,18 @@ MISFITS: dict[str, Instruction] = {
     "a table of a wider ring": Instruction(
         tp.Tabulated(EIGHT, RING + 2, RING - 11, 4, 2, 1 << 29, 1 << 32, 1e9, 16, 64), (1,)
     ),
+    "tables of a wider ring": Instruction(
+        tp.TabulatedBands(EIGHT, ((20, 16, 4, 1 << 17, 1 << 19), (RING + 1, 30, 1, 1 << 31, 1 << 32)), 2, 1.0, 16, 64),
+        (1,),
+    ),
+    "a table of too many rows among others": Instruction(
+        tp.TabulatedBands(EIGHT, ((20, 16, 4, 1 << 17, 1 << 19), (20, 8, 4, 1 << 17, 1 << 19)), 2, 1.0, 16, 64), (1,)
+    ),
+    "tables of one number as eight": Instruction(
+        tp.TabulatedBands(EIGHT, ((20, 16, 4, 1 << 17, 1 << 19),), 2, 1e6, 16, 64), (6,)
+    ),
+    "bits of digits of one number as eight": Instruction(tp.DigitsIn(EIGHT, 20, ((16, 3),)), (6,)),
+    "bits of digits, one of which has too many": Instruction(tp.DigitsIn(EIGHT, 20, ((16, 3), (7, 3))), (1,)),
     "bits of one number's digit as eight": Instruction(tp.DigitIn(EIGHT, 20, 16, 3), (6,)),
     "bits of digits wider than the opening": Instruction(tp.DigitIn(EIGHT, RING + 1, RING, 1), (1,)),
     "a digit of too many bits": Instruction(tp.DigitIn(EIGHT, 20, 7, 3), (1,)),
@@ -336,9 +348,8 @@ MISFITS: dict[str, Instruction] = {
     "a polynomial of another shape": Instruction(tp.Polynomial((1,), RING, 0, (1, 2)), (4,)),
     "indicators of planes that are not there": Instruction(local.Indicators(1, ((2,),), (False,)), (2,)),
     "indicators of longer planes": Instruction(local.Indicators(2, ((0,),), (False,)), (2,)),
-    "a stack of other shapes": Instruction(local.Stack((2, *EIGHT), RING), (0, 5)),
-    "a stack of fewer": Instruction(local.Stack((3, *EIGHT), RING), (0, 0)),
-    "bits stacked to more": Instruction(local.StackBits(1, 9), (2,)),
+    "differences of a single number": Instruction(local.Differences((0,), RING), (5,)),
+    "differences of more": Instruction(local.Differences(EIGHT, RING), (0,)),
     "a slice past the end": Instruction(local.Slice((4,), RING, 0, 6, 10, 1), (0,)),
     "a slice of another dimension": Instruction(local.Slice((4,), RING, 1, 0, 4, 1), (0,)),
     "a reshape to more": Instruction(local.Reshape((9,), RING), (0,)),
@@ -367,6 +378,17 @@ def test_misfits_are_refused(how: str) -> None:
     """Masks must cover what they hide, and compiled loops trust the sizes that they are given."""
     with pytest.raises(CircuitError, match="instruction 7 "):
         check([*OPENED, MISFITS[how]], {})
+
+
+@pytest.mark.parametrize(
+    "operands", [(5, 7, 7), (0, 7, 7), (0, 8, 7), (0, 8, 0)], ids=["odd", "other angles", "two shapes", "a secret"]
+)
+def test_pairs_that_do_not_fit_their_angles_are_refused(operands: tuple[int, ...]) -> None:
+    known = [*OPENED, Instruction(tp.Publish((1,), RING), (5,)), Instruction(tp.Publish(EIGHT, RING), (0,))]
+    check([*known, Instruction(local.Rotated(EIGHT, RING), (0, 8, 8))], {})
+    shape = known[operands[0]].protocol.out.shape
+    with pytest.raises(CircuitError, match="instruction 9 "):
+        check([*known, Instruction(local.Rotated(shape, RING), operands)], {})
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,19 @@ def mul_public(s: Setup) -> Check:
     return exactly(x * c, ring)
 
 
+@case(local.Rotated)
+def rotated(s: Setup) -> Check:
+    """Pairs are entries half a row apart; the factors stand for all rows of another dimension."""
+    ring, (*rows, half) = s.number("ring", 1, 64), s.shape()
+    shape = (*rows, 2 * half)
+    a, x = s.secret(shape, ring)
+    one = s.draw(st.sampled_from([shape, shape[-1:]]), "factors")
+    (b, c), (d, e) = (s.secret(one, 20) for _ in range(2))
+    s.add(local.Rotated(shape, ring), a, *(s.add(tp.Publish(one, 20), i) for i in (b, d)))
+    turned = np.concatenate([-x[..., half:], x[..., :half]], -1)
+    return exactly(x * c + turned * e, ring)
+
+
 @case(tp.Publish)
 def publish(s: Setup) -> Check:
     ring, shape = s.number("ring", 1, 64), s.shape()
@@ -345,21 +358,12 @@ def concat(s: Setup) -> Check:
     return exactly(expected, ring)
 
 
-@case(local.Stack)
-def stack(s: Setup) -> Check:
-    ring, shape = s.number("ring", 1, 64), s.shape()
-    parts = [s.secret(shape, ring) for _ in range(s.number("parts", 1, 4))]
-    s.add(local.Stack((len(parts), *shape), ring), *(i for i, _ in parts))
-    return exactly(np.stack([x for _, x in parts]), ring)
-
-
-@case(local.StackBits)
-def stack_bits(s: Setup) -> Check:
-    shape = s.shape()
-    parts = [s.planes(s.number("planes", 1, 3), math.prod(shape)) for _ in range(s.number("parts", 1, 3))]
-    planes = torch.cat([b for _, b in parts])
-    s.add(local.StackBits(planes.shape[1], len(planes)), *(i for i, _ in parts))
-    return same_bits(plane_bits(planes, shape), shape)
+@case(local.Differences)
+def differences(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), (s.number("tensors", 2, 5), *s.shape())
+    a, x = s.secret(shape, ring)
+    s.add(local.Differences((shape[0] - 1, *shape[1:]), ring), a)
+    return exactly(np.diff(x, axis=0), ring)
 
 
 @case(local.Take)
@@ -860,6 +864,34 @@ def tabulated(s: Setup) -> Check:
     return check
 
 
+@case(tp.TabulatedBands)
+def tabulated_bands(s: Setup) -> Check:
+    """Each table is right for the arguments of its band, of one opening that is as wide as the widest needs."""
+    shape, root = s.shape(), s.number("root", 1, 2)
+    bands, low = [], s.number("low", 8, 1 << 12)
+    for _ in range(s.number("bands", 1, 3)):
+        degree = s.number("degree", 4, 9)
+        shift = math.floor(math.log2(WIDEST[root][degree] * low))
+        ring = shift + s.number("digit bits", 3, 5)
+        bands.append((ring, shift, degree, low, s.number("high", low + 1, (1 << ring) - (1 << shift) - 1)))
+        low = s.number("next", low, 4 * low)
+    opened = max(ring for ring, *_ in bands)
+    a, x = s.opened(shape, opened, min(band[3] for band in bands), max(band[4] for band in bands))
+    bits_ = s.number("fraction bits", 10, 30)
+    wide = min(64, bits_ + TABLE_BITS + 2 + s.number("spare", 0, 10))
+    protocol = tp.TabulatedBands(shape, tuple(bands), root, 2.0**bits_ * bands[0][3] ** (1 / root), TABLE_BITS, wide)
+    s.add(protocol, a)
+
+    def check(server: Any, client: Any) -> None:
+        result = integers(combine(server, client), wide, signed=True).astype(np.float64)
+        for table, found in zip(protocol.tables, result, strict=True):
+            expected, reach = reaches(table, x)
+            inside = (table.low <= x) & (x <= table.high)
+            assert (abs(found - expected) <= reach)[inside].all()
+
+    return check
+
+
 def tops(x: Integers, ring: int, shift: int) -> Integers:
     return (x % (1 << ring)) >> shift
 
@@ -879,6 +911,25 @@ def digit_in(s: Setup) -> Check:
         here, after = ((tops(x, ring, shift) + k - first) % digits < count for k in (0, bool(shift)))
         assert (found[~here & ~after] == 0).all()
         assert (found[here & after] == 1).all()
+
+    return check
+
+
+@case(tp.DigitsIn)
+def digits_in(s: Setup) -> Check:
+    ring, shape = s.number("ring", 1, 64), s.shape()
+    shifts = [s.number("shift", max(0, ring - 9), ring - 1) for _ in range(s.number("digits", 1, 4))]
+    digits = tuple((shift, s.number("count", 1, (1 << (ring - shift)) - 1)) for shift in shifts)
+    near = tuple((count - k) << shift for shift, count in digits for k in (0, 1))
+    a, x = s.opened(shape, s.number("opened", ring, 64), 0, (1 << ring) - 1, near)
+    s.add(tp.DigitsIn(shape, ring, digits), a)
+
+    def check(server: Any, client: Any) -> None:
+        for found, (shift, count) in zip(plane_bits(combine(server, client), shape), digits, strict=True):
+            size = 1 << (ring - shift)
+            here, after = ((tops(x, ring, shift) + k) % size < count for k in (0, bool(shift)))
+            assert (found[~here & ~after] == 0).all()
+            assert (found[here & after] == 1).all()
 
     return check
 

@@ -23,7 +23,7 @@ endpoints     the client's input, the revealed output
 
 from protocols.two_party.comparison import Compare
 from protocols.two_party.conditions import Alarm, Unmet
-from protocols.two_party.digits import DigitIn, Histogram
+from protocols.two_party.digits import DigitIn, DigitsIn, Histogram
 from protocols.two_party.endpoints import Input, Publish, Reveal
 from protocols.two_party.exponential import Exponential
 from protocols.two_party.extension import Extend
@@ -46,7 +46,7 @@ from protocols.two_party.product import Product
 from protocols.two_party.ranking import OpenedPairs, Placed, PlacedPositions, Ranks
 from protocols.two_party.rounding import Quotient
 from protocols.two_party.selection import Select, SelectEach
-from protocols.two_party.tabulated import Tabulated
+from protocols.two_party.tabulated import Tabulated, TabulatedBands
 from protocols.two_party.units import Units
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "Deliver",
     "DeliveredPatches",
     "DigitIn",
+    "DigitsIn",
     "Exponential",
     "Extend",
     "Gumbel",
@@ -90,6 +91,7 @@ __all__ = [
     "Select",
     "SelectEach",
     "Tabulated",
+    "TabulatedBands",
     "Units",
     "Unmet",
     "keepers",

@@ -38,7 +38,8 @@ Source: shifted tables, TinyTable (Damgard et al., CRYPTO 2017) and one-time tru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,7 +47,7 @@ import torch
 from torch import Tensor
 
 from protocols import bits, kernels, ring
-from protocols.fields import Bits, Count, Ring, Shape, Whole
+from protocols.fields import Bits, Count, Digits, Ring, Shape, Whole
 from protocols.kernels import Array
 from protocols.protocol import CircuitCost, Draw, Material, Rows, Silent, Weights, count, plane_shape
 from protocols.wire import Wire
@@ -149,6 +150,61 @@ class DigitIn(Silent):
 
     def comparisons(self) -> int:
         return count(self.shape)
+
+
+@dataclass(frozen=True)
+class DigitsIn(Silent):
+    """Bits [j < count] of several coarse digits j of x, as ``DigitIn`` gives them: a plane for each, stacked.
+
+    Rounds 0; offline the bytes of all tables. Error: that of each.
+    """
+
+    kind: ClassVar[str] = "digits_in"
+    elementwise: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    gives: ClassVar[str] = "bits"
+    error: ClassVar[str] = DigitIn.error
+    shape: Shape
+    ring: Ring
+    digits: Digits
+
+    @cached_property
+    def each(self) -> tuple[DigitIn, ...]:
+        """The protocol of each digit."""
+        return tuple(DigitIn(self.shape, self.ring, shift, below) for shift, below in self.digits)
+
+    def validate(self) -> None:
+        for digit in self.each:
+            digit.validate()
+
+    @property
+    def out(self) -> Wire:
+        return Wire(plane_shape(self.shape, len(self.digits)), planes=True)
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return tuple(replace(*digit.draws, name=f"table{k}") for k, digit in enumerate(self.each))
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        return {
+            f"table{k}": digit.deal(masks, operands, weights)[0]["table"] for k, digit in enumerate(self.each)
+        }, None
+
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        planes = [
+            digit.compute(party, {"table": material[f"table{k}"]}, operands, weights)
+            for k, digit in enumerate(self.each)
+        ]
+        return torch.cat(planes)
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return torch.cat([digit.clear(operands, weights) for digit in self.each])
+
+    def cost(self) -> CircuitCost:
+        return sum((digit.cost() for digit in self.each), CircuitCost())
+
+    def comparisons(self) -> int:
+        return sum(digit.comparisons() for digit in self.each)
 
 
 @dataclass(frozen=True)

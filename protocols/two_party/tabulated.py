@@ -31,14 +31,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from protocols import kernels, ring
-from protocols.fields import Bits, Corrections, Degree, Real, Residue, Ring, Root, Shape, Start
+from protocols.fields import Bands, Bits, Corrections, Degree, Real, Residue, Ring, Root, Shape, Start
 from protocols.protocol import CircuitCost, Draw, Material, Silent, Weights, bytes_of, count
 from protocols.ring import WORD
 from protocols.wire import Wire
@@ -144,6 +144,69 @@ class Tabulated(Silent):
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of((self.rows * (self.degree + 1), *self.shape), self.wide))
+
+
+@dataclass(frozen=True)
+class TabulatedBands(Silent):
+    """[scale x^(-1/root)] modulo 2^wide as ``Tabulated`` gives it, from a table for each band, stacked in front.
+
+    A result is right where x is in its band. Rounds 0; offline the bytes of all tables. Error: that of each.
+    """
+
+    kind: ClassVar[str] = "tabulated_bands"
+    elementwise: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("opening",)
+    error: ClassVar[str] = Tabulated.error
+    shape: Shape  # of x
+    bands: Bands
+    root: Root
+    scale: Real
+    public: Bits
+    wide: Ring
+
+    @cached_property
+    def tables(self) -> tuple[Tabulated, ...]:
+        """The table of each band."""
+        return tuple(
+            Tabulated(self.shape, bits, shift, degree, self.root, low, high, self.scale, self.public, self.wide)
+            for bits, shift, degree, low, high in self.bands
+        )
+
+    @property
+    def operand_ring(self) -> int:
+        return max(table.ring for table in self.tables)
+
+    @property
+    def out(self) -> Wire:
+        return Wire((len(self.bands), *self.shape), self.wide)
+
+    def validate(self) -> None:
+        for table in self.tables:
+            table.validate()
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        return tuple(replace(*table.draws, name=f"rows{k}") for k, table in enumerate(self.tables))
+
+    def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
+        (r,) = operands
+        return {f"rows{k}": table.rows_for(r) for k, table in enumerate(self.tables)}, None
+
+    def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        found = [
+            table.compute(party, {"rows": material[f"rows{k}"]}, operands, weights)
+            for k, table in enumerate(self.tables)
+        ]
+        return torch.stack(found)
+
+    def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
+        return torch.stack([table.clear(operands, weights) for table in self.tables])
+
+    def fitted(self) -> int:
+        return sum(table.fitted() for table in self.tables)
+
+    def cost(self) -> CircuitCost:
+        return sum((table.cost() for table in self.tables), CircuitCost())
 
 
 def smallest(

@@ -72,6 +72,7 @@ def outline(
         embedding=embedding,
         functions=functions,
         late_bytes=prices.late_bytes,
+        stacks=True,
     )
     named = {"embedding": embedding, **functions.labels, **(labels or {}), "ranges": f"assumed, up to {reach:g}"}
     found = find_network(network or LOOPBACK)

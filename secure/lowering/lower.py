@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -98,13 +99,14 @@ def lower(
     rows: Sequence[int] = (),
     most_rows: Sequence[int] = (),
     late_bytes: int = 0,
+    stacks: bool = False,
 ) -> Lowered:
     """Trace the graph through the approximations. ``parameters`` are float64. public: positions are no secret.
 
     device: "meta" if the parameters are shapes alone. room: for weights that are kept although they can be made again.
     fixed: parameters that are the same at all sizes of the model. rows: of each node the longest row at any size.
     most_rows: of each node the most rows at any size that a query has. late_bytes: the online bytes for which layers
-    spare the round before them, see ``Lowering.normalized``; 0: never.
+    spare the round before them, see ``Lowering.normalized``; 0: never. stacks: layers of one normalization become one.
     Raises InvalidInput for an unknown embedding, and UnsupportedOperation, which names the module.
     """
     if embedding not in EMBEDDINGS:
@@ -123,6 +125,7 @@ def lower(
         rows=rows,
         most_rows=most_rows,
         late_bytes=late_bytes,
+        stacks=stacks,
     ).run()
 
 
@@ -131,7 +134,7 @@ class Lowering:
 
     compares: True if the model compares values; if False, no approximation may compare either.
     functions: the approximations chosen by name. public: positions of tokens are no secret. margin: the factor of room
-    over calibrated ranges.
+    over calibrated ranges. stacks: linear layers that read the same normalization are computed as one.
 
     An operation leaves notes for the operations that read its result:
 
@@ -139,7 +142,8 @@ class Lowering:
       that readers multiply by their weight, the column by which they multiply that product, or None, and the
       normalization (see ``normalized``);
     - ``scores``: the argument of a softmax, by node, if its only reader is a product that divides by the sums itself;
-    - ``absorbed``: nodes that multiply by a number which the preceding linear layer has taken into its weights.
+    - ``absorbed``: nodes that multiply by a number which the preceding linear layer has taken into its weights;
+    - ``beside``: results of linear layers that were computed with an earlier one.
     """
 
     def __init__(
@@ -158,6 +162,7 @@ class Lowering:
         rows: Sequence[int] = (),
         most_rows: Sequence[int] = (),
         late_bytes: int = 0,
+        stacks: bool = False,
     ) -> None:
         self.graph, self.seen, self.margin = graph, seen, 2.0**margin_bits
         # parameters do not count in names: more of them, such as segments of an index, rename no other weight
@@ -168,6 +173,7 @@ class Lowering:
         self.units: dict[int, tuple[Symbol, Symbol | None, Node]] = {}
         self.scores: dict[int, Symbol] = {}
         self.absorbed: set[int] = set()
+        self.beside: dict[int, Symbol] = {}
         self._parameters = parameters
         self.device = torch.device(device)  # "meta": shapes alone
         self._readers = graph.consumers()
@@ -175,7 +181,7 @@ class Lowering:
         self._symbols: dict[int, Symbol] = {}  # by shared node
         self._fixed, self._common, self._rows = fixed, set[str](), rows
         self._most_rows = most_rows or [math.prod(node.shape[:-1]) for node in graph.nodes]
-        self._late_bytes = late_bytes
+        self._late_bytes, self.stacks = late_bytes, stacks
         room = room or Room()
         self._known = Made[int](room)  # by node of the server's or public
         self._weights = Made[str](room)
@@ -279,6 +285,15 @@ class Lowering:
         """
         return self._known[i]
 
+    def name(self, i: int) -> str:
+        """Return the name of a node that the server knows: the parameter's, or one that tells it from others."""
+        node = self.graph.nodes[i]
+        return str(node.attrs["name"]) if node.op == "parameter" else f"%{_content(node) or self.numbers[i]}"
+
+    def within(self, path: str) -> AbstractContextManager[None]:
+        """Label what is recorded in this context with the path of another module than the node's."""
+        return self._trace.within(path)
+
     def weight(
         self,
         i: int,
@@ -293,7 +308,7 @@ class Lowering:
         makes a tensor of this ``shape`` at each reading. ``of``: all nodes from which it follows.
         """
         node = self.graph.nodes[i]
-        name = (node.attrs["name"] if node.op == "parameter" else f"%{_content(node) or self.numbers[i]}") + suffix
+        name = self.name(i) + suffix
         recipe = partial(_float64, partial(self.known, i) if value is None else value)
         shape = node.shape if value is None else tuple(value.shape) if isinstance(value, Tensor) else shape
         if name in self._weights and self.device.type != "meta" and not self._weights[name].equal(recipe()):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from approximations.powers import power, power_error
 from approximations.primitives import exp_below, inverse_power, perturbed, piecewise, top_indices, top_of, top_values
+from protocols.local import quarter_turn
 from protocols.two_party.noise import HIGHEST, LOWEST
 from protocols.windows import Window, take
 from secure.errors import UnsupportedOperation
@@ -119,6 +120,11 @@ def _of_product(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
     return (0.0 if square else min(corners)), max(corners)
 
 
+def _of_rotation(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
+    most = max(abs(end) for end in x[0][:2]) * sum(max(abs(end) for end in factor[:2]) for factor in x[1:])
+    return -most, most
+
+
 def _scaled(p: Primitive, x: Sequence[Operand], reach: float) -> Interval:
     ends = [end * p.attrs["value"] for end in x[0][:2]]
     return min(ends), max(ends)
@@ -190,6 +196,7 @@ PRIMITIVES: dict[str, Meaning] = {
         Meaning("mul", lambda p, w, x: x[0] * x[1], _of_product, multiplies=True),
         Meaning("polynomial_product", lambda p, w, x: x[0] * p.attrs["piece"](x[1]), _of_product, multiplies=True),
         Meaning("mul_public", lambda p, w, x: x[0] * x[1], _of_product, multiplies=True),
+        Meaning("rotated", lambda p, w, x: x[0] * x[1] + quarter_turn(x[0]) * x[2], _of_rotation, multiplies=True),
         Meaning("keep", lambda p, w, x: F.pad(x[0], (0, 0, p.attrs["rows"], 0)), _with_zero),
         Meaning("matmul", lambda p, w, x: x[0] @ x[1], _within_reach),
         Meaning("linear", lambda p, w, x: x[0] @ w[p.attrs["weight"]], _within_reach),

@@ -60,7 +60,7 @@ class Trace:
         return self.record("input", (), shape, name=name, integer=integer, **({"public": True} if public else {}))
 
 
-_REFINED = frozenset({"input", "linear", "matmul", "mul", "mul_public", "mul_weight", "piecewise"})
+_REFINED = frozenset({"input", "linear", "matmul", "mul", "mul_public", "mul_weight", "piecewise", "rotated"})
 """Primitives whose results may have more fraction bits than usual."""
 
 _PASSING = frozenset(
@@ -157,6 +157,10 @@ class Symbol:
     def times_public(self, other: Symbol) -> Symbol:
         """Multiply by an input that is no secret, elementwise."""
         return self._two("mul_public", other)
+
+    def rotated(self, cosine: Symbol, sine: Symbol) -> Symbol:
+        """Return x * cosine + (-x'', x') * sine for halves x', x'' of the last dimension; the factors are public."""
+        return self.trace.record("rotated", (self, cosine, sine), _broadcast(self.shape, cosine.shape))
 
     def keep(self, name: str, rows: int, extra_bits: int = 0) -> Symbol:
         """Keep the value as an opening for later queries; the result has ``rows`` rows of earlier ones before it.

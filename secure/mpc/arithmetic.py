@@ -184,31 +184,38 @@ def _square(e: Emitter, p: Primitive, lifted: int, ring: int, agreed: int, scale
 # products with numbers that all parties know: each party multiplies its share
 
 
+def _public_scale(plan: Plan, p: Primitive) -> int:
+    """Return the fraction bits of the result before truncation. All factors have as many: nothing else reads them."""
+    x, *factors = (plan.fraction[x] for x in p.inputs)
+    (factor,) = set(factors)
+    return x + factor
+
+
 def _public_rings(plan: Plan, i: int, p: Primitive) -> tuple[int, int]:
     """Return the narrowest ring of the product before truncation, and the one that its readers like."""
-    scale = _scales(plan, p)
+    scale = _public_scale(plan, p)
     narrowest = plan.fitting(i, scale)
     return narrowest, max(narrowest, min(WORD, plan.want(i) + scale - plan.fraction[i]))
 
 
 def public_reach(plan: Plan, i: int, p: Primitive) -> int:
-    scale = _scales(plan, p)
+    scale = _public_scale(plan, p)
     return plan.widest(p.inputs[:1], scale - plan.fraction[i], plan.fitting(i, scale))
 
 
 def public_needs(plan: Plan, i: int, p: Primitive) -> Iterable[Need]:
     """Return the needs: if x must be extended for the product, then as far as spares the product an extension too."""
     narrowest, wide = _public_rings(plan, i, p)
-    x, c = p.inputs
-    return Need(max(narrowest, min(wide, plan.reach[x])), wide), Need(plan.own(c), 0)
+    x, *factors = p.inputs
+    return Need(max(narrowest, min(wide, plan.reach[x])), wide), *(Need(plan.own(c), 0) for c in factors)
 
 
-def emit_public(e: Emitter, i: int, p: Primitive) -> Share:
-    x, c = p.inputs
+def emit_public(e: Emitter, i: int, p: Primitive, make: Callable[[Shape, int], Protocol]) -> Share:
+    x, *factors = p.inputs
     narrowest, wide = _public_rings(e.plan, i, p)
     ring = max(narrowest, min(wide, e.widest(x)))
-    protocol = local.MulPublic(p.shape, ring)
-    return Share(e.emit(protocol, e.get(x, ring).index, e.get(c, 0).index), ring, _scales(e.plan, p))
+    operands = e.get(x, ring).index, *(e.get(c, 0).index for c in factors)
+    return Share(e.emit(make(p.shape, ring), *operands), ring, _public_scale(e.plan, p))
 
 
 # openings that later queries read

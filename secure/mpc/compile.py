@@ -149,6 +149,7 @@ def compile_sizes(
         told=told,
         public=public_positions,
         late_bytes=prices.late_bytes,
+        stacks=True,
         queried=[labels is not None for _, labels in sizes],
     )
     seen = dict[str, list[Ranges]]()

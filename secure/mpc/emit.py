@@ -25,7 +25,7 @@ from protocols import local
 from protocols import two_party as tp
 from protocols.fixedpoint import FixedPoint
 from protocols.flow import Flow
-from protocols.protocol import Protocol
+from protocols.protocol import Protocol, Shape
 from secure.errors import InvalidInput, UnsupportedOperation
 from secure.lowering.primitives import Primitive
 from secure.lowering.ranges import Ranges
@@ -66,11 +66,19 @@ def _weighted(*, diagonal: bool) -> Emission:
     )
 
 
+def _public(protocol: Callable[[Shape, int], Protocol]) -> Emission:
+    """Make the record of a product with numbers that all parties know."""
+    return Emission(
+        arithmetic.public_needs, arithmetic.public_reach, emit=partial(arithmetic.emit_public, make=protocol)
+    )
+
+
 RULES: dict[str, Emission] = {
     "input": Emission(nothing, arithmetic.input_reach, emit=arithmetic.emit_input),
     "linear": _weighted(diagonal=False),
     "mul_weight": _weighted(diagonal=True),
-    "mul_public": Emission(arithmetic.public_needs, arithmetic.public_reach, emit=arithmetic.emit_public),
+    "mul_public": _public(local.MulPublic),
+    "rotated": _public(local.Rotated),
     "keep": Emission(arithmetic.keep_needs, arithmetic.local_reach, keeps_scale=True, emit=arithmetic.emit_keep),
     "mul": Emission(arithmetic.product_needs, arithmetic.product_reach, emit=arithmetic.emit_product),
     "matmul": Emission(arithmetic.matrix_needs, arithmetic.matrix_reach, emit=arithmetic.emit_matrix),

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from approximations.powers import power, starting
 from approximations.primitives import Value
 from protocols import local
 from protocols import two_party as tp
-from protocols.bits import plane_bytes
 from protocols.fixedpoint import LEAST_FRACTION
 from protocols.protocol import Protocol, Shape
 from protocols.protocol import count as elements_of
@@ -50,7 +48,6 @@ COUNTS = range(2, 10)  # of the digits at which a band ends; the ends of two wid
 ROUNDING = 17  # bits to which the opening rounds the smallest argument
 ROOM = 1 + 2.0**-7  # by how much rounding may push an argument beyond its range
 GUARD = 1  # fraction bits of the coefficients beyond those of the result
-SPARE = 2  # by how many bits a finer band's coefficients are relatively more precise than the coarsest one's
 COEFFICIENT, JOIN = 6, 136  # dealt bytes that a coefficient takes, and another band beside its tables: a selection
 
 
@@ -91,6 +88,11 @@ class _Band:
     count: int = 0
 
     @property
+    def table(self) -> tuple[int, int, int, int, int]:
+        """The table as a protocol has it: see ``protocols.fields.Bands``."""
+        return self.ring, self.shift, self.degree, self.low, self.high
+
+    @property
     def size(self) -> int:
         """The coefficients of one value."""
         return (self.degree + 1) << (self.ring - self.shift)
@@ -113,18 +115,18 @@ class _Bands:
         """The ring of the opening: a difference of two numbers, which is compared, has a sign."""
         return max(self.ring + self.compared, *(band.ring for band in self.bands))
 
-    def choosing(self, shape: Shape, dealt_for_online: int) -> tuple[Protocol, ...]:
-        """Return the protocols that give the bits of all bands but the coarsest: one each, or a comparison."""
+    def choosing(self, shape: Shape, dealt_for_online: int) -> Protocol:
+        """Return the protocol that gives the bits of all bands but the coarsest: of digits, or a comparison."""
         finer = self.bands[1:]
         if not self.compared:
-            return tuple(tp.DigitIn(shape, self.ring, band.digit, band.count) for band in finer)
+            return tp.DigitsIn(shape, self.ring, tuple((band.digit, band.count) for band in finer))
         ends, spare = tuple(band.count << band.digit for band in finer), min(band.digit for band in finer)
-        return (cheapest_compare(shape, self.ring + 1, ends, spare, dealt_for_online),)
+        return cheapest_compare(shape, self.ring + 1, ends, spare, dealt_for_online)
 
     def price(self, shape: Shape, prices: Prices) -> float:
         """Return the price of tables and bits, in online bytes."""
         dealt = COEFFICIENT * elements_of(shape) * sum(band.size for band in self.bands)
-        bits = sum(prices.of(protocol.cost()) for protocol in self.choosing(shape, prices.dealt_for_online))
+        bits = prices.of(self.choosing(shape, prices.dealt_for_online).cost()) if len(self.bands) > 1 else 0.0
         return dealt / prices.dealt_for_online + bits
 
 
@@ -271,28 +273,22 @@ def emit(e: Emitter, i: int, p: Primitive) -> Share:
     drop = plan.fraction[x] - bands.fraction
     value = e.truncate(e.get(x, bands.opened + drop), p.shape, drop)
     at = e.emit(tp.Open(p.shape, bands.opened), value.index)
-    first, *finer = values = [_look_up(e, i, p, band, bands, at) for band in bands.bands]
-    taken = [e.emit(protocol, at) for protocol in bands.choosing(p.shape, plan.prices.dealt_for_online)]
-    if not finer:
-        return first
-    size, ring = len(finer), min(value.ring for value in values)  # a word may end some of them, and not all alike
-    steps = [e.emit(local.Sub(p.shape, ring), after.index, before.index) for before, after in pairwise(values)]
-    gains = e.emit(tp.Open((size, *p.shape), ring), e.emit(local.Stack((size, *p.shape), ring), *steps))
-    bits = taken[0] if bands.compared else e.emit(local.StackBits(plane_bytes(elements_of(p.shape)), size), *taken)
-    chosen = e.emit(tp.SelectEach(p.shape, ring, size), e.emit(tp.OpenBits(p.shape, size), bits), gains)
-    return Share(e.emit(local.Add(p.shape, ring), first.index, chosen), ring, first.fraction)
-
-
-def _look_up(e: Emitter, i: int, p: Primitive, band: _Band, bands: _Bands, at: int) -> Share:
-    """Emit the table of one band, at the planned scale of the result.
-
-    Results of a finer band are larger, so that its coefficients have as many fraction bits fewer.
-    """
+    fraction, wide = plan.fraction[i] + GUARD, min(WORD, plan.want(i) + GUARD + PUBLIC)
     f = _function(p, bands.fraction)
-    fewer = max(0, math.floor(math.log2(bands.bands[0].high / band.high) / f.root) - SPARE)
-    guard = max(GUARD - fewer, -PUBLIC)
-    fraction, wide = e.plan.fraction[i] + guard, min(WORD, e.plan.want(i) + guard + PUBLIC)
     scale = p.attrs["scale"] * 2.0 ** (fraction + bands.fraction / f.root)
-    form = (band.ring, band.shift, band.degree, f.root, band.low, band.high, scale)
-    index = e.emit(tp.Tabulated(p.shape, *form, PUBLIC, wide, f.start, f.centre, f.steps), at)
-    return e.truncate(Share(index, wide, fraction + PUBLIC), p.shape, guard + PUBLIC)
+    coarsest, *finer = bands.bands
+    if not finer:
+        form = (*coarsest.table[:3], f.root, *coarsest.table[3:], scale, PUBLIC, wide, f.start, f.centre, f.steps)
+        index = e.emit(tp.Tabulated(p.shape, *form), at)
+        return e.truncate(Share(index, wide, fraction + PUBLIC), p.shape, GUARD + PUBLIC)
+    size, tables = len(finer), tuple(band.table for band in bands.bands)
+    index, stacked = e.emit(tp.TabulatedBands(p.shape, tables, f.root, scale, PUBLIC, wide), at), (size + 1, *p.shape)
+    found = e.truncate(Share(index, wide, fraction + PUBLIC), stacked, GUARD + PUBLIC)
+    bits = e.emit(bands.choosing(p.shape, plan.prices.dealt_for_online), at)
+    gains = e.emit(
+        tp.Open((size, *p.shape), found.ring), e.emit(local.Differences((size, *p.shape), found.ring), found.index)
+    )
+    chosen = e.emit(tp.SelectEach(p.shape, found.ring, size), e.emit(tp.OpenBits(p.shape, size), bits), gains)
+    first = e.emit(local.Slice((1, *p.shape), found.ring, 0, 0, 1, 1), found.index)
+    first = e.emit(local.Reshape(p.shape, found.ring), first)
+    return replace(found, index=e.emit(local.Add(p.shape, found.ring), first, chosen))

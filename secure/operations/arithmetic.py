@@ -48,6 +48,8 @@ def _(to: Lowering, node: Node) -> Symbol:
     if "scalar" in node.attrs:
         return to.symbol(node.inputs[0]) + float(node.attrs["scalar"])
     first, second = node.inputs
+    if (turned := _turned(to, first, second) or _turned(to, second, first)) is not None:
+        return turned
     for i in (first, second):
         _check_range(to, i)
     if node.attrs.get("mask") and not to.is_known(first) and _is_deep(to, second):
@@ -57,6 +59,48 @@ def _(to: Lowering, node: Node) -> Symbol:
         assert isinstance(right, Symbol)
         return right + left
     return left + right
+
+
+def _turned(to: Lowering, along: int, across: int) -> Symbol | None:
+    """Return x * c + (-x'', x') * s for halves x', x'' of a row and public c and s, or None if the sum is no such.
+
+    It is how models turn queries and keys by angles that their positions give (rotary embeddings: Su et al., RoFormer,
+    2021, section 3.4.2), in one primitive.
+    """
+    if (found := _times_public(to, along)) is None or (other := _times_public(to, across)) is None:
+        return None
+    (x, cosine), (halves, sine) = found, other
+    if not _swaps_halves(to, x, halves) or len({to.graph.nodes[i].shape for i in (cosine, sine)}) > 1:
+        return None
+    return to.symbol(x).rotated(*(to.client_input(i, "public") for i in (cosine, sine)))
+
+
+def _times_public(to: Lowering, i: int) -> tuple[int, int] | None:
+    """Return the operands of a product with numbers that are no secret and that nothing but products reads."""
+    product = to.graph.nodes[i]
+    if product.op != "mul" or "scalar" in product.attrs:
+        return None
+    for x, c in (product.inputs, product.inputs[::-1]):
+        if to.is_public(c) and all(reader.op == "mul" for reader in to.readers(to.graph.nodes[c])):
+            return x, c
+    return None
+
+
+def _swaps_halves(to: Lowering, x: int, halves: int) -> bool:
+    """True if ``halves`` is (-x'', x') for the halves x', x'' of the last dimension of x."""
+    nodes, joined = to.graph.nodes, to.graph.nodes[halves]
+    size, last = nodes[x].shape[-1], len(nodes[x].shape) - 1
+    if joined.op != "cat" or joined.attrs["dim"] != last or len(joined.inputs) != 2 or size % 2:
+        return False
+    turned, first = (nodes[i] for i in joined.inputs)
+    if turned.op != "neg" or len(turned.inputs) != 1:
+        return False
+    ends = {"dim": last, "step": 1}
+    second = nodes[turned.inputs[0]]
+    return (first.op, second.op, first.inputs, second.inputs) == ("slice", "slice", (x,), (x,)) and (
+        first.attrs == {**ends, "start": 0, "stop": size // 2}
+        and second.attrs == {**ends, "start": size // 2, "stop": size}
+    )
 
 
 def _is_deep(to: Lowering, i: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -37,44 +39,117 @@ def layer(b: Builder, x: Value, weight: Value, bias: Value = None) -> Value:
 
 @linear.lower
 def _(to: Lowering, node: Node) -> Symbol:
-    """Fold the weight and bias of a preceding normalization, and a factor that follows, into the layer's own."""
-    (source, matrix, *others), factor = node.inputs, _following_factor(to, node)
-    suffix = f"*{factor:.17g}" if factor != 1.0 else ""
-    folded, scale, shift, column, of = "", None, None, None, node.inputs[1:]
+    """Fold the weight and bias of a preceding normalization, and a factor that follows, into the layer's own.
+
+    Layers that read the same normalized value, such as those of queries, keys and values, become one, of whose result
+    each takes its columns. If they open their results, it is one opening for all of them.
+    """
+    if node.id in to.beside:
+        return to.beside.pop(node.id)
+    first, *others = layers = [_layer(to, each) for each in _side_by_side(to, node)]
+    if not others:
+        return _computed(to, layers)
+    with to.within(_containing([layer.node.path for layer in layers])):
+        whole = _computed(to, layers)
+    start = 0
+    for layer in layers:
+        with to.within(layer.node.path):
+            stop = start + layer.columns
+            to.beside[layer.node.id] = whole.slice(len(whole.shape) - 1, start, stop)
+            start = stop
+    return to.beside.pop(first.node.id)
+
+
+def _containing(paths: Sequence[str]) -> str:
+    """Return the innermost module that contains several modules."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
+
+
+def _side_by_side(to: Lowering, node: Node) -> Sequence[Node]:
+    """Return the linear layers that are computed as one with this one, which is the first of them."""
+    source = node.inputs[0]
+    if not to.stacks or source not in to.units or to.ties(node.inputs[1]):
+        return [node]
+    readers = [r for r in to.readers(to.graph.nodes[source]) if r.op == "linear" and r.inputs[0] == source]
+    return [r for r in {r.id: r for r in readers}.values() if not to.ties(r.inputs[1])]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer: its matrix (columns, rows) and bias, by node, and the number that multiplies its result later."""
+
+    node: Node
+    matrix: int
+    bias: int | None
+    factor: float
+    columns: int
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its weights have behind them."""
+        return f"*{self.factor:.17g}" if self.factor != 1.0 else ""
+
+    def scaled(self, to: Lowering, i: int) -> Tensor:
+        """Return its matrix or its bias, times the factor."""
+        return to.known(i) if self.factor == 1.0 else to.known(i) * self.factor
+
+    def added(self, to: Lowering, shift: Tensor | None) -> Tensor:
+        """Return what it adds, (columns,). shift: the bias of a normalization before it."""
+        parts = [] if self.bias is None else [self.scaled(to, self.bias)]
+        if shift is not None:
+            parts.append(self.scaled(to, self.matrix) @ shift)
+        return sum(parts[1:], parts[0]) if parts else torch.zeros(self.columns, dtype=torch.float64, device=to.device)
+
+
+def _layer(to: Lowering, node: Node) -> _Layer:
+    _, matrix, *bias = node.inputs
+    return _Layer(node, matrix, bias[0] if bias else None, _following_factor(to, node), node.shape[-1])
+
+
+def _computed(to: Lowering, layers: Sequence[_Layer]) -> Symbol:
+    """Return the results of layers of one operand, side by side."""
+    (source, *_), first = layers[0].node.inputs, layers[0]
+    of, folded, scale, shift, column = [i for each in layers for i in each.node.inputs[1:]], "", None, None, None
     if source in to.units:
         # the server gets the normalized value once, for the normalization's own weight and for this layer: it saves
         # two rounds
         x, column, normalization = to.units[source]
-        folded, of = f"*%{to.numbers[source]}", (*of, *normalization.inputs[1:])
+        folded, of = f"*%{to.numbers[source]}", [*of, *normalization.inputs[1:]]
         scale, shift = to.affine(normalization)
-        if scale is not None and factor == 1.0 and to.ties(matrix):
+        if scale is not None and first.factor == 1.0 and to.ties(first.matrix):
             x, scale = x * to.weight(normalization.inputs[1]), None
     else:
         x = to.symbol(source)
 
-    def scaled(i: int) -> Tensor:
-        return to.known(i) if factor == 1.0 else to.known(i) * factor
-
     def weight() -> Tensor:
-        found = scaled(matrix)
-        return (found * scale if scale is not None else found).T
+        found = [each.scaled(to, each.matrix) for each in layers]
+        return _joined([each if scale is None else each * scale for each in found]).T
 
     def bias() -> Tensor:
-        added = [scaled(i) for i in others]
-        return added[0] if shift is None else sum(added, scaled(matrix) @ shift)
+        return _joined([each.added(to, shift) for each in layers])
 
-    rows, columns = to.graph.nodes[matrix].shape
-    shape = (rows,) if shift is not None else to.graph.nodes[others[0]].shape if others else ()
-    turned = ".T" + suffix + (folded if scale is not None else "")
-    out = x.linear(to.weight(matrix, turned, weight, (columns, rows), of))
+    ends = [".T" + each.suffix + (folded if scale is not None else "") for each in layers]
+    others = "".join(f"|{to.name(each.matrix)}{end}" for each, end in zip(layers[1:], ends[1:], strict=True))
+    rows, columns = to.graph.nodes[first.matrix].shape[-1], sum(each.columns for each in layers)
+    out = x.linear(to.weight(first.matrix, ends[0] + others, weight, (rows, columns), of))
     out = out if column is None else out * column
-    if not others and shift is None:
+    biases = [each.bias for each in layers if each.bias is not None]
+    if not biases and shift is None:
         return out
-    key = others[0] if others and not folded else matrix
+    if len(layers) > 1:
+        own = "".join(f"+{to.name(i)}" for i in biases)
+        return out + to.weight(first.matrix, ".bias" + first.suffix + folded + others + own, bias, (columns,), of)
+    key = biases[0] if biases and not folded else first.matrix
     # a folded bias depends on the weight and takes the weight's name, as layers with other weights may share the bias
-    shared = folded and others and len(to.readers(to.graph.nodes[matrix])) > 1
-    own = f"+{to.graph.nodes[others[0]].attrs.get('name', others[0])}" if shared else ""
-    return out + to.weight(key, (".bias" if key == matrix else "") + suffix + folded + own, bias, shape, of)
+    shared = folded and biases and len(to.readers(to.graph.nodes[first.matrix])) > 1
+    own = f"+{to.name(biases[0])}" if shared else ""
+    shape = (columns,) if shift is not None else to.graph.nodes[biases[0]].shape
+    return out + to.weight(key, (".bias" if key == first.matrix else "") + first.suffix + folded + own, bias, shape, of)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _following_factor(to: Lowering, node: Node) -> float:
