@@ -132,6 +132,7 @@ ARITHMETIC = {
         "mul",
         "polynomial_product",
         "mul_public",
+        "rotated",
         "mul_weight",
         "keep",
         "add",

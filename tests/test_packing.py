@@ -227,6 +227,7 @@ def test_every_record_is_of_a_primitive() -> None:
         "polynomial_product",
         "perturbed",
         "real",
+        "rotated",
         "top_indices",
         "top_of",
         "top_values",
