@@ -8,7 +8,7 @@ with which tests compare the first. Both give the same integers, so two parties 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -238,27 +238,30 @@ def looked_up(z: Tensor, table: Tensor, shift: int, size: int) -> Tensor:
 
 
 @compiled
-def _parities(plane: Array, size: int, start: int) -> np.uint64:
-    total = np.uint64(0)
-    for i in range(size):
-        word = np.uint64(start + i + 1) * np.uint64(0x9E3779B97F4A7C15)
-        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        word ^= word >> np.uint64(31)
-        total ^= word * np.uint64((plane[i >> 3] >> (i & 7)) & 1)
+def _parities(planes: Array, sizes: Array, number: int, zeros: bool) -> np.uint64:
+    total, at, flip = np.uint64(0), 0, np.uint8(255 if zeros else 0)
+    for size in sizes:
+        for i in range(size):
+            word = np.uint64(number + i + 1) * np.uint64(0x9E3779B97F4A7C15)
+            word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            word ^= word >> np.uint64(31)
+            total ^= word * np.uint64(((planes[at + (i >> 3)] ^ flip) >> np.uint8(i & 7)) & 1)
+        number += size
+        at += (size + 7) >> 3
     return total
 
 
-def parities(plane: Tensor, size: int, start: int) -> Tensor:
-    """Return the XOR of the words of all set bits of a plane, of ``size`` bits, as 8 bytes.
+def parities(planes: Sequence[Tensor], sizes: tuple[int, ...], *, start: int = 0, zeros: bool = False) -> Tensor:
+    """Return the XOR of the words of all set bits of planes, or of all bits that are not set, as 8 bytes.
 
-    Bit i has the 64-bit word number ``start`` + i of a fixed sequence that looks random (SplitMix64,
-    Steele et al. 2014).
+    Each plane has so many bits. Bit i of all of them together has the 64-bit word number ``start`` + i of a fixed
+    sequence that looks random (SplitMix64, Steele et al. 2014).
     """
-    if plane.is_meta:
+    if planes[0].is_meta:
         return torch.empty(8, dtype=torch.uint8, device="meta")
-    total = np.array([_parities(_flat(plane), size, start)], "<u8")
-    return torch.from_numpy(total.view(np.uint8))
+    total = _parities(np.concatenate([_flat(plane) for plane in planes]), residues(sizes), start, zeros)
+    return torch.from_numpy(np.array([total], "<u8").view(np.uint8))
 
 
 @lru_cache(maxsize=64)
@@ -1031,3 +1034,4 @@ def warm_up() -> None:
     polynomials(x, (x,), (0,), ((1, 1),), 0)
     line = torch.tensor([0.0, 0.5], dtype=torch.float64)
     inverse_powers(x, 8, 6, 1, 64, 128, 1.0, (), 0.0, 0, (line, torch.eye(2, dtype=torch.float64), line), 1.0)
+    parities([plane], (8,))

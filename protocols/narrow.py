@@ -138,6 +138,18 @@ def _add_dots(x: Array, turned: Array, out: Array) -> None:
                 out[r, j] += x[r, k] * turned[j, k]
 
 
+@compiled
+def _add_products(x: Array, matrices: Array, out: Array) -> None:
+    for i in range(x.shape[0]):
+        _add_product(x[i], matrices[i], out[i])
+
+
+@compiled
+def _add_dots_of_each(x: Array, turned: Array, out: Array) -> None:
+    for i in range(x.shape[0]):
+        _add_dots(x[i], turned[i], out[i])
+
+
 def in_place(matrix: Tensor) -> bool:
     """True if products read a matrix where it lies: its rows, or its columns, are one behind another."""
     return matrix.is_contiguous() or matrix.T.is_contiguous()
@@ -156,4 +168,22 @@ def product_of_rows(x: Tensor, matrix: Tensor) -> Tensor:
         _add_dots(x.contiguous().numpy(), matrix.T.numpy(), out.numpy())
     else:
         _add_product(x.contiguous().numpy(), matrix.contiguous().numpy(), out.numpy())
+    return out
+
+
+def products_of_rows(x: Tensor, matrices: Tensor) -> Tensor:
+    """Return x @ matrices modulo 2^64, for int64 (..., rows, n) and (..., n, columns) of one batch, on the CPU.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    fits = x.dim() == matrices.dim() > 2 and x.shape[:-2] == matrices.shape[:-2] and x.shape[-1] == matrices.shape[-2]
+    if not fits or not x.dtype == matrices.dtype == torch.int64:
+        raise ValueError(f"no products of {x.dtype} {tuple(x.shape)} and {matrices.dtype} {tuple(matrices.shape)}")
+    out = torch.zeros(*x.shape[:-1], matrices.shape[-1], dtype=torch.int64)
+    each, found = x.contiguous().numpy().reshape(-1, *x.shape[-2:]), out.numpy().reshape(-1, *out.shape[-2:])
+    turned = matrices.transpose(-1, -2)
+    if turned.is_contiguous() and not matrices.is_contiguous():
+        _add_dots_of_each(each, turned.numpy().reshape(-1, *turned.shape[-2:]), found)
+    else:
+        _add_products(each, matrices.contiguous().numpy().reshape(-1, *matrices.shape[-2:]), found)
     return out

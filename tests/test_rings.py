@@ -157,11 +157,16 @@ def test_loops_and_limbs_agree(seed: int, kind: torch.dtype, k: int, rows: int, 
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**32), st.integers(1, 64), st.integers(1, 12), st.booleans(), st.booleans())
-def test_batches_of_small_products(seed: int, k: int, rows: int, small: bool, turned: bool) -> None:
+@given(
+    st.integers(0, 2**32), st.integers(1, 64), st.integers(1, 12), st.booleans(), st.booleans(), st.sampled_from([1, 2])
+)
+def test_batches_of_small_products(seed: int, k: int, rows: int, small: bool, turned: bool, outer: int) -> None:
+    """Of pairs, and of every matrix on the left with every one on the right."""
     rng = np.random.default_rng(seed)
     n, p, batch = (int(v) for v in rng.integers(1, 20, 3))
-    x, w = words(rng, (2, 1, rows, n)), words(rng, (batch, p, n)).mT if turned else words(rng, (batch, n, p))
+    before = () if outer == 1 else (2,)
+    x = words(rng, (2, 1 if outer == 1 else batch, rows, n))
+    w = words(rng, (*before, batch, p, n)).mT if turned else words(rng, (*before, batch, n, p))
     expected = ring.reduce((x[..., None] * w[..., None, :, :]).sum(-2), k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matmul, "native", lambda: False)

@@ -337,25 +337,25 @@ def test_parities_tell_any_single_bit_and_any_two() -> None:
     for i in range(n):
         plane = torch.zeros(n // 8, dtype=torch.uint8)
         plane[i // 8] = 1 << (i % 8)
-        words.add(bytes(kernels.parities(plane, n, 0).numpy()))
+        words.add(bytes(kernels.parities([plane], (n,)).numpy()))
     assert len(words) == n
     assert bytes(8) not in words
     shifted = torch.zeros(2, dtype=torch.uint8)
     shifted[1] = 1
     whole = torch.zeros(64, dtype=torch.uint8)
     whole[6] = 1
-    assert torch.equal(kernels.parities(shifted, 9, 40), kernels.parities(whole, 512, 0))  # bit 48 of both
+    assert torch.equal(kernels.parities([shifted], (9,), start=40), kernels.parities([whole], (512,)))  # bit 48 of both
 
 
 def test_parities_are_linear_and_leave_padding_out() -> None:
     rng = np.random.default_rng(1)
     a, b = (torch.from_numpy(rng.integers(0, 256, 9, dtype=np.uint8)) for _ in range(2))
-    both = kernels.parities(a, 67, 5) ^ kernels.parities(b, 67, 5)
-    assert torch.equal(kernels.parities(a ^ b, 67, 5), both)
+    both = kernels.parities([a], (67,), start=5) ^ kernels.parities([b], (67,), start=5)
+    assert torch.equal(kernels.parities([a ^ b], (67,), start=5), both)
     padded = a.clone()
     padded[-1] ^= 0b11111000
-    assert torch.equal(kernels.parities(padded, 67, 5), kernels.parities(a, 67, 5))
-    assert not torch.equal(kernels.parities(padded, 72, 5), kernels.parities(a, 72, 5))
+    assert torch.equal(kernels.parities([padded], (67,), start=5), kernels.parities([a], (67,), start=5))
+    assert not torch.equal(kernels.parities([padded], (72,), start=5), kernels.parities([a], (72,), start=5))
     assert bits.plane_bytes(67) == 9
 
 

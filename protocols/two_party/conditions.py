@@ -61,14 +61,7 @@ class Unmet(Local):
         return self.out.shape
 
     def apply(self, party: int, operands: tuple[Any, ...], weights: Weights) -> Any:
-        total, start = None, 0
-        for plane, size in zip(operands, self.sizes, strict=True):
-            zeros = ~plane if party == SERVER else plane
-            found = kernels.parities(zeros.reshape(-1), size, start)
-            total = found if total is None else total ^ found
-            start += size
-        assert total is not None
-        return total.reshape(self.out.shape)
+        return kernels.parities(operands, self.sizes, zeros=party == SERVER).reshape(self.out.shape)
 
 
 @dataclass(frozen=True)
