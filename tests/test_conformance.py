@@ -1168,7 +1168,7 @@ def executed(circuit: list[Instruction], deployment: str) -> Translated:
 
 
 @pytest.mark.parametrize(("kind", "deployment"), RUNS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
     setup = Setup(data)

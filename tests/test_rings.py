@@ -476,5 +476,5 @@ def test_compiled_loops_of_several_processes_share_a_cache(tmp_path: Path) -> No
     )
     here = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}
-    for widths in ("32 45", "7 56", "8 61 33", "16 31 48 5"):
+    for widths in ("32 45", "7 56", "45 61 33"):
         subprocess.run([sys.executable, "-c", script, *widths.split()], env=environment, check=True)

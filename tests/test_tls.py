@@ -925,11 +925,11 @@ def test_three_parties(made: Authority, directory: Path, tmp_path: Path) -> None
 
 
 def test_ckks(made: Authority, tmp_path: Path) -> None:
-    compiled = ckks_server.compiled("pure")
+    compiled = ckks_server.compiled("tiny")
     with secure.serve(compiled, role=SERVER, state=tmp_path, network=Tls(made.directory / "server")) as server:
         located = secure.Ckks(server=server.address)
         with secure.connect(located, network=Tls(made.directory / "client"), cache=False) as session:
-            assert session.query(ckks_server.inputs("pure")).isfinite().all()
+            assert session.query(ckks_server.inputs("tiny")).isfinite().all()
 
 
 # the log of a service
