@@ -69,6 +69,29 @@ def test_layers_of_one_normalization_are_one(
             assert float((session.query(inputs(seed)) - module(**inputs(seed))).abs().max()) < 4e-3
 
 
+class Many(nn.Module):
+    """Forty layers of one normalization, as experts or heads may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.enter, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.layers_that_have_rather_long_names = nn.ModuleList(nn.Linear(WIDTH, 1) for _ in range(40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.norm(self.enter(x))
+        return torch.cat([layer(found) for layer in self.layers_that_have_rather_long_names], -1)
+
+
+def test_many_layers_have_a_name_that_fits() -> None:
+    module = Many().eval()
+    made = compiled(module)
+    _, name = layers(made)
+    assert len(name) < 200
+    with torch.no_grad():
+        assert float((plain_reference(made, inputs(3)) - module(**inputs(3))).abs().max()) < 4e-3
+
+
 class Apart(nn.Module):
     """Two layers of an input that no normalization gives, such as the segments of an index: each is its own."""
 

@@ -25,8 +25,8 @@ A product, elementwise or matrix, costs one ring element for each output element
 dimension: party 2 sends to party 0 ahead, and parties 0 and 1 send to each other when the result is next used (by then
 it is truncated, so shorter). Truncation is ``local.Truncate``, which is never wrong in the high bits. Comparison, bit
 times value, selection, maximum, reciprocal and inverse square root are the Program's own circuits of ``Compare``,
-``Tabulated``, ``OpenBits``, ``Select``, ``SelectEach``, ``Polynomials``, ``Extend``. ``Select`` turns bits into
-numbers, and ``Compare`` turns numbers into bits.
+``Tabulated``, ``TabulatedBands``, ``OpenBits``, ``Select``, ``SelectEach``, ``Polynomials``, ``Extend``. ``Select``
+turns bits into numbers, and ``Compare`` turns numbers into bits.
 """
 
 from protocols.three_party.endpoints import LookedUp, SharedInput

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def _side_by_side(to: Lowering, node: Node) -> Sequence[Node]:
     return [r for r in {r.id: r for r in readers}.values() if not to.ties(r.inputs[1])]
 
 
+_LONG = 160  # characters
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A layer: its matrix (columns, rows) and bias, by node, and the number that multiplies its result later."""
@@ -130,7 +134,7 @@ def _computed(to: Lowering, layers: Sequence[_Layer]) -> Symbol:
         return _joined([each.added(to, shift) for each in layers])
 
     ends = [".T" + each.suffix + (folded if scale is not None else "") for each in layers]
-    others = "".join(f"|{to.name(each.matrix)}{end}" for each, end in zip(layers[1:], ends[1:], strict=True))
+    others = _short("".join(f"|{to.name(each.matrix)}{end}" for each, end in zip(layers[1:], ends[1:], strict=True)))
     rows, columns = to.graph.nodes[first.matrix].shape[-1], sum(each.columns for each in layers)
     out = x.linear(to.weight(first.matrix, ends[0] + others, weight, (rows, columns), of))
     out = out if column is None else out * column
@@ -138,7 +142,7 @@ def _computed(to: Lowering, layers: Sequence[_Layer]) -> Symbol:
     if not biases and shift is None:
         return out
     if len(layers) > 1:
-        own = "".join(f"+{to.name(i)}" for i in biases)
+        own = _short("".join(f"+{to.name(i)}" for i in biases))
         return out + to.weight(first.matrix, ".bias" + first.suffix + folded + others + own, bias, (columns,), of)
     key = biases[0] if biases and not folded else first.matrix
     # a folded bias depends on the weight and takes the weight's name, as layers with other weights may share the bias
@@ -146,6 +150,11 @@ def _computed(to: Lowering, layers: Sequence[_Layer]) -> Symbol:
     own = f"+{to.name(biases[0])}" if shared else ""
     shape = (columns,) if shift is not None else to.graph.nodes[biases[0]].shape
     return out + to.weight(key, (".bias" if key == first.matrix else "") + first.suffix + folded + own, bias, shape, of)
+
+
+def _short(names: str) -> str:
+    """Return names as they are, or what stands for them where they are many: a Program's names have a bound."""
+    return names if len(names) <= _LONG else f"{names[0]}{hashlib.sha256(names.encode()).hexdigest()[:32]}"
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
