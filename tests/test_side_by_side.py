@@ -14,7 +14,7 @@ from protocols.two_party import Linear
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.in_process import plain_reference
 from secure.frontend import Size
-from secure.mpc.compile import MpcModel, compile_sizes
+from secure.mpc.compile import MpcModel, chosen, compile_sizes
 from secure.mpc.compile import compile as mpc_compile
 
 WIDTH, HEADS = 16, 2
@@ -36,7 +36,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found = self.norm(self.enter(x))
         scores = (self.query(found) @ self.key(found).transpose(-1, -2)) * 0.25
-        return torch.softmax(scores, -1) @ self.value(found)
+        result: Tensor = torch.softmax(scores, -1) @ self.value(found)
+        return result
 
 
 def inputs(seed: int) -> dict[str, Tensor]:
@@ -101,7 +102,8 @@ class Apart(nn.Module):
         self.first, self.second = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) * self.second(x)
+        result: Tensor = self.first(x) * self.second(x)
+        return result
 
 
 def test_layers_of_other_values_stay_apart() -> None:
@@ -114,7 +116,7 @@ def test_ciphertexts_keep_layers_apart() -> None:
     from secure.frontend import lower_model
 
     module = Attention(nn.LayerNorm(WIDTH), (True, True, True)).eval()
-    functions = secure.deployments.circuits.mpc.chosen("default", "puma")
+    functions = chosen("default", "puma")
     made = lower_model(module, [inputs(0)], margin_bits=1, embedding="one-hot", functions=functions)
     assert sum(p.op == "linear" for p in made.trace.primitives) == 4
 
