@@ -64,13 +64,11 @@ Degree = Annotated[int, Strict(), Field(ge=1, le=16)]
 Bands = Annotated[
     tuple[Annotated[tuple[Ring, Bits, Degree, Residue, Residue], FailFast()], ...],
     FailFast(),
-    Field(min_length=1, max_length=16),
+    Field(min_length=1, max_length=8),
 ]
 """Tables of bands of one argument: the ring and the shift of each, its degree, and its lowest and highest argument."""
 
-Digits = Annotated[
-    tuple[Annotated[tuple[Bits, Whole], FailFast()], ...], FailFast(), Field(min_length=1, max_length=16)
-]
+Digits = Annotated[tuple[Annotated[tuple[Bits, Whole], FailFast()], ...], FailFast(), Field(min_length=1, max_length=8)]
 """The shift of each of several coarse digits, and the count that it is compared with."""
 
 Root = Annotated[int, Strict(), Field(ge=1, le=2)]

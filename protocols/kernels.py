@@ -260,7 +260,7 @@ def parities(planes: Sequence[Tensor], sizes: tuple[int, ...], *, start: int = 0
     """
     if planes[0].is_meta:
         return torch.empty(8, dtype=torch.uint8, device="meta")
-    total = _parities(np.concatenate([_flat(plane) for plane in planes]), residues(sizes), start, zeros)
+    total = _parities(np.concatenate([_flat(plane) for plane in planes]), np.array(sizes, np.int64), start, zeros)
     return torch.from_numpy(np.array([total], "<u8").view(np.uint8))
 
 

@@ -180,6 +180,8 @@ def products_of_rows(x: Tensor, matrices: Tensor) -> Tensor:
     if not fits or not x.dtype == matrices.dtype == torch.int64:
         raise ValueError(f"no products of {x.dtype} {tuple(x.shape)} and {matrices.dtype} {tuple(matrices.shape)}")
     out = torch.zeros(*x.shape[:-1], matrices.shape[-1], dtype=torch.int64)
+    if not out.numel() or not x.shape[-1]:
+        return out
     each, found = x.contiguous().numpy().reshape(-1, *x.shape[-2:]), out.numpy().reshape(-1, *out.shape[-2:])
     turned = matrices.transpose(-1, -2)
     if turned.is_contiguous() and not matrices.is_contiguous():

@@ -44,6 +44,7 @@ from secure.deployments.compiled import task_of
 from secure.deployments.self_test import self_test
 from secure.errors import InputTooLong, InvalidInput, InvalidProgram
 from secure.lowering.client_inputs import SETTINGS
+from secure.lowering.parts import part_of
 from secure.models import clusters as clusters_module
 from secure.models import index as index_module
 from secure.models.index import Index, build_index, read_index, write_index
@@ -52,7 +53,6 @@ from secure.models.searcher import Searcher, read_record, records_of, shown
 from secure.models.settings import TaskSettings, settings_of
 from secure.models.text import load_text_model
 from secure.mpc.compile import MpcModel
-from secure.mpc.program import part_of
 from secure.session.session import Session
 from secure.tasks.closeness import Compared
 from secure.tasks.search import SameFound, Search

@@ -184,6 +184,7 @@ EVALUATE: Mapping[str, Callable[..., Secret]] = {
             "patches",
             "perturbed",
             "real",
+            "rotated",
             "top_indices",
             "top_of",
             "top_values",

@@ -23,8 +23,9 @@ from protocols.prg import SEED_BYTES, derive_seed, fresh_seed
 from protocols.weights import DealerWeights, ServerWeights
 from secure.errors import Error, InvalidInput
 from secure.lowering.made import alike
+from secure.lowering.parts import part_of
 from secure.mpc.compile import MpcModel
-from secure.mpc.program import Program, part_of
+from secure.mpc.program import Program
 
 DAY = 86400.0
 MOST_REMEMBERED = 1 << 24  # bytes of what is remembered of parts: some hundred thousand of them

@@ -38,7 +38,7 @@ Source: shifted tables, TinyTable (Damgard et al., CRYPTO 2017) and one-time tru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -89,6 +89,12 @@ def warm_up() -> None:
     _intervals(torch.zeros(1, dtype=torch.int64), 8, 0, 1)
 
 
+def _check_digits(ring_bits: int, shift: int, among: int) -> None:
+    """Raise ValueError unless ``among`` of the digits above bit ``shift`` can be told from the others."""
+    if not 1 <= ring_bits - shift <= DIGIT_BITS or not 1 <= among < 1 << (ring_bits - shift):
+        raise ValueError(f"{among} of the digits above bit {shift} in a ring of {ring_bits} bits")
+
+
 @dataclass(frozen=True)
 class DigitIn(Silent):
     """Bits [j in first .. first + count - 1] of the coarse digit j, one plane of shape (1, ceil(n / 8)).
@@ -112,8 +118,7 @@ class DigitIn(Silent):
     first: Whole = 0
 
     def validate(self) -> None:
-        if not 1 <= self.ring - self.shift <= DIGIT_BITS or not 1 <= self.count < self._digits:
-            raise ValueError(f"{self.count} of the digits above bit {self.shift} in a ring of {self.ring} bits")
+        _check_digits(self.ring, self.shift, self.count)
         if not self.first < self._digits:
             raise ValueError(f"digits from {self.first} on, of {self._digits}")
 
@@ -174,26 +179,31 @@ class DigitsIn(Silent):
         return tuple(DigitIn(self.shape, self.ring, shift, below) for shift, below in self.digits)
 
     def validate(self) -> None:
-        for digit in self.each:
-            digit.validate()
+        for shift, below in self.digits:
+            _check_digits(self.ring, shift, below)
 
     @property
     def out(self) -> Wire:
         return Wire(plane_shape(self.shape, len(self.digits)), planes=True)
 
     @property
+    def _bytes(self) -> list[int]:
+        """The bytes of an element's row of each table."""
+        return [-(-(1 << (self.ring - shift)) // 8) for shift, _ in self.digits]
+
+    @property
     def draws(self) -> tuple[Draw, ...]:
-        return tuple(replace(*digit.draws, name=f"table{k}") for k, digit in enumerate(self.each))
+        return (Draw("tables", (count(self.shape), sum(self._bytes)), planes=True, derived=True),)
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
-        return {
-            f"table{k}": digit.deal(masks, operands, weights)[0]["table"] for k, digit in enumerate(self.each)
-        }, None
+        found = [digit.deal(masks, operands, weights)[0]["table"] for digit in self.each]
+        return {"tables": torch.cat([rows.table[rows.row] for rows in found], 1)}, None
 
     def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
+        tables = material["tables"].split(self._bytes, 1)
         planes = [
-            digit.compute(party, {"table": material[f"table{k}"]}, operands, weights)
-            for k, digit in enumerate(self.each)
+            digit.compute(party, {"table": table.contiguous()}, operands, weights)
+            for digit, table in zip(self.each, tables, strict=True)
         ]
         return torch.cat(planes)
 
@@ -201,10 +211,14 @@ class DigitsIn(Silent):
         return torch.cat([digit.clear(operands, weights) for digit in self.each])
 
     def cost(self) -> CircuitCost:
-        return sum((digit.cost() for digit in self.each), CircuitCost())
+        return CircuitCost(dealt=count(self.shape) * sum(self._bytes))
 
     def comparisons(self) -> int:
-        return sum(digit.comparisons() for digit in self.each)
+        return count(self.shape) * len(self.digits)
+
+    def scratch(self) -> int:
+        """Return the bytes of one table, which is copied from among the others."""
+        return count(self.shape) * max(self._bytes)
 
 
 @dataclass(frozen=True)

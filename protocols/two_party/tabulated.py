@@ -100,18 +100,9 @@ class Tabulated(Silent):
         return 1 << (self.ring - self.shift)
 
     def validate(self) -> None:
-        if not 0 < self.shift <= _PRECISION or not self.shift < self.ring <= 52:
-            raise ValueError(f"rows of 2^{self.shift} in a ring of {self.ring} bits")
-        if (self.degree + 1) << (self.ring - self.shift) > ROWS:
-            raise ValueError(f"{self.rows} rows of degree {self.degree} have more than {ROWS} coefficients")
-        if not 0 < self.low < self.high < (1 << self.ring) - (1 << self.shift):
-            raise ValueError(f"[{self.low}, {self.high}] in a ring of {self.ring} bits with rows of 2^{self.shift}")
         if self.steps and not self.start:
             raise ValueError(f"{self.steps} corrections of no polynomial")
-        if not 0 < self.public <= _PRECISION:
-            raise ValueError(f"{self.public} public fraction bits")
-        if not 0 < self.scale * self.low ** (-1 / self.root) < 2.0 ** (self.wide - 1 - self.public):
-            raise ValueError(f"results do not fit a ring of {self.wide} bits with {self.public} fraction bits")
+        _check(self, (self.ring, self.shift, self.degree, self.low, self.high))
 
     @property
     def draws(self) -> tuple[Draw, ...]:
@@ -174,28 +165,35 @@ class TabulatedBands(Silent):
 
     @property
     def operand_ring(self) -> int:
-        return max(table.ring for table in self.tables)
+        return max(band[0] for band in self.bands)
 
     @property
     def out(self) -> Wire:
         return Wire((len(self.bands), *self.shape), self.wide)
 
     def validate(self) -> None:
-        for table in self.tables:
-            table.validate()
+        for band in self.bands:
+            _check(self, band)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """The coefficients of an element in each table."""
+        return [(degree + 1) << (bits - shift) for bits, shift, degree, *_ in self.bands]
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        return tuple(replace(*table.draws, name=f"rows{k}") for k, table in enumerate(self.tables))
+        return (Draw("rows", (count(self.shape), sum(self._sizes)), self.wide, derived=True),)
 
     def deal(self, masks: Material, operands: tuple[Any, ...], weights: Weights) -> tuple[dict[str, Any], Any]:
         (r,) = operands
-        return {f"rows{k}": table.rows_for(r) for k, table in enumerate(self.tables)}, None
+        found = [table.rows_for(r) for table in self.tables]
+        rows = [each.reshape(-1, size) for each, size in zip(found, self._sizes, strict=True)]
+        return {"rows": torch.cat(rows, 1)}, None
 
     def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         found = [
-            table.compute(party, {"rows": material[f"rows{k}"]}, operands, weights)
-            for k, table in enumerate(self.tables)
+            table.compute(party, {"rows": rows.contiguous()}, operands, weights)
+            for table, rows in zip(self.tables, material["rows"].split(self._sizes, 1), strict=True)
         ]
         return torch.stack(found)
 
@@ -203,10 +201,30 @@ class TabulatedBands(Silent):
         return torch.stack([table.clear(operands, weights) for table in self.tables])
 
     def fitted(self) -> int:
-        return sum(table.fitted() for table in self.tables)
+        sizes = zip(self._sizes, (band[2] + 1 for band in self.bands), strict=True)
+        return count(self.shape) * sum(size + _EXCESS * terms**2 for size, terms in sizes)
+
+    def scratch(self) -> int:
+        """Return the bytes of one table, which is copied from among the others."""
+        return 8 * count(self.shape) * max(self._sizes)
 
     def cost(self) -> CircuitCost:
-        return sum((table.cost() for table in self.tables), CircuitCost())
+        return CircuitCost(dealt=bytes_of((count(self.shape), sum(self._sizes)), self.wide))
+
+
+def _check(p: Tabulated | TabulatedBands, band: tuple[int, int, int, int, int]) -> None:
+    """Raise ValueError unless the table of a band (ring, shift, degree, low, high) is a possible one."""
+    bits, shift, degree, low, high = band
+    if not 0 < shift <= _PRECISION or not shift < bits <= 52:
+        raise ValueError(f"rows of 2^{shift} in a ring of {bits} bits")
+    if (degree + 1) << (bits - shift) > ROWS:
+        raise ValueError(f"{1 << (bits - shift)} rows of degree {degree} have more than {ROWS} coefficients")
+    if not 0 < low < high < (1 << bits) - (1 << shift):
+        raise ValueError(f"[{low}, {high}] in a ring of {bits} bits with rows of 2^{shift}")
+    if not 0 < p.public <= _PRECISION:
+        raise ValueError(f"{p.public} public fraction bits")
+    if not 0 < p.scale * low ** (-1 / p.root) < 2.0 ** (p.wide - 1 - p.public):
+        raise ValueError(f"results do not fit a ring of {p.wide} bits with {p.public} fraction bits")
 
 
 def smallest(

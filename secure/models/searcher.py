@@ -125,7 +125,7 @@ def _fixed(values: Tensor) -> nn.Parameter:
 def _tag(index: Index, rows: Tensor, records: Tensor) -> str:
     """Return a name of a segment's content, 32 hexadecimal digits: a MAC under the index's own key.
 
-    So another content has another name, and nobody else can confirm a guess of it. See ``secure.mpc.program.part_of``.
+    So another content has another name, and nobody else can confirm a guess of it. See ``lowering.parts.part_of``.
     """
     made_of = (__version__, index.model_sha256, index.similarity, tuple(rows.shape), tuple(records.shape))
     content = b"".join(part.contiguous().numpy().tobytes() for part in (rows, records))

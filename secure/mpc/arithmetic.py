@@ -185,7 +185,7 @@ def _square(e: Emitter, p: Primitive, lifted: int, ring: int, agreed: int, scale
 
 
 def _public_scale(plan: Plan, p: Primitive) -> int:
-    """Return the fraction bits of the result before truncation. All factors have as many: nothing else reads them."""
+    """Return the fraction bits of the result before truncation. All factors have as many, those of weights."""
     x, *factors = (plan.fraction[x] for x in p.inputs)
     (factor,) = set(factors)
     return x + factor

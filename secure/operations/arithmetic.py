@@ -70,18 +70,19 @@ def _turned(to: Lowering, along: int, across: int) -> Symbol | None:
     if (found := _times_public(to, along)) is None or (other := _times_public(to, across)) is None:
         return None
     (x, cosine), (halves, sine) = found, other
-    if not _swaps_halves(to, x, halves) or len({to.graph.nodes[i].shape for i in (cosine, sine)}) > 1:
+    shapes, row = {to.graph.nodes[i].shape for i in (cosine, sine)}, to.graph.nodes[x].shape[-1:]
+    if not _swaps_halves(to, x, halves) or len(shapes) > 1 or {shape[-1:] for shape in shapes} != {row}:
         return None
     return to.symbol(x).rotated(*(to.client_input(i, "public") for i in (cosine, sine)))
 
 
 def _times_public(to: Lowering, i: int) -> tuple[int, int] | None:
-    """Return the operands of a product with numbers that are no secret and that nothing but products reads."""
+    """Return the operands of a product with numbers that are no secret."""
     product = to.graph.nodes[i]
     if product.op != "mul" or "scalar" in product.attrs:
         return None
     for x, c in (product.inputs, product.inputs[::-1]):
-        if to.is_public(c) and all(reader.op == "mul" for reader in to.readers(to.graph.nodes[c])):
+        if to.is_public(c):
             return x, c
     return None
 

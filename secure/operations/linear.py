@@ -15,8 +15,9 @@ from torch import Tensor
 
 from secure.capture.builder import Builder, Value, is_private, shape_of
 from secure.capture.graph import Node
-from secure.capture.operation import operation, rule
+from secure.capture.operation import OPERATIONS, operation, rule
 from secure.lowering.lower import Lowering
+from secure.lowering.parts import part_of
 from secure.lowering.trace import Symbol
 from secure.operations.choices import check_places
 
@@ -70,10 +71,27 @@ def _containing(paths: Sequence[str]) -> str:
 def _side_by_side(to: Lowering, node: Node) -> Sequence[Node]:
     """Return the linear layers that are computed as one with this one, which is the first of them."""
     source = node.inputs[0]
-    if not to.stacks or source not in to.units or to.ties(node.inputs[1]):
+    if not to.stacks or source not in to.units or not _may_join(to, node):
         return [node]
     readers = [r for r in to.readers(to.graph.nodes[source]) if r.op == "linear" and r.inputs[0] == source]
-    return [r for r in {r.id: r for r in readers}.values() if not to.ties(r.inputs[1])]
+    return [r for r in {r.id: r for r in readers}.values() if _may_join(to, r)]
+
+
+def _may_join(to: Lowering, node: Node) -> bool:
+    """True if a layer may be one with others: not a part that changes by itself, nor a matrix that is there once.
+
+    What a normalization reads stays by itself as well: it may get more fraction bits than its neighbours need.
+    """
+    matrix, waiting = node.inputs[1], [node]
+    if part_of(to.name(matrix)) or to.ties(matrix):
+        return False
+    while waiting:
+        for reader in to.readers(waiting.pop()):
+            if OPERATIONS[reader.op].measure is not None:
+                return False
+            if OPERATIONS[reader.op].moves:
+                waiting.append(reader)
+    return True
 
 
 _LONG = 160  # characters
@@ -91,7 +109,7 @@ class _Layer:
 
     @property
     def suffix(self) -> str:
-        """What the names of its weights have behind them."""
+        """The end of the names of its weights."""
         return f"*{self.factor:.17g}" if self.factor != 1.0 else ""
 
     def scaled(self, to: Lowering, i: int) -> Tensor:
