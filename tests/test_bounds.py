@@ -297,6 +297,27 @@ def test_the_header_of_a_file_is_no_larger_than_its_tensors_need() -> None:
 # budgets
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("digits_in", {"shape": [4], "ring": 12, "digits": [[9, 1]] * 8}),
+        (
+            "tabulated_bands",
+            {"shape": [4], "bands": [[9, 7, 1, 1, 2]] * 8, "root": 1, "scale": 1.0, "public": 1, "wide": 9},
+        ),
+    ],
+)
+def test_many_tables_cost_what_their_bytes_do(kind: str, fields: dict[str, Any]) -> None:
+    """They are looked at before there is a budget."""
+    opening = ["open", {"shape": [4], "ring": 12}, [0], 0]
+    found = programs.document(opening, *[[kind, fields, [1], 0]] * 500)
+    assert not refused(programs.encoded(found))
+    most = fields.get("digits") or fields["bands"]
+    most.append(most[0])
+    with pytest.raises(InvalidProgram, match="at most 8 items"):
+        Program.from_bytes(programs.encoded(programs.document(opening, [kind, fields, [1], 0])))
+
+
 def test_a_small_program_of_many_weights_is_refused_before_it_takes_anything() -> None:
     """2^28 weights in some 800 bytes, which are valid: one Deal of them took over 8.8 GB."""
     encoded = programs.large_weights(1 << 14, 1 << 14)

@@ -175,6 +175,15 @@ def test_batches_of_small_products(seed: int, k: int, rows: int, small: bool, tu
 
 
 @pytest.mark.parametrize(
+    "shapes", [((2, 0, 4), (2, 4, 5)), ((2, 3, 0), (2, 0, 5)), ((2, 3, 4), (2, 4, 0)), ((0, 3, 4), (0, 4, 5))]
+)
+def test_products_of_nothing(shapes: tuple[tuple[int, ...], tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "native", lambda: False)
+    a, b = (torch.ones(shape, dtype=torch.int64) for shape in shapes)
+    assert matmul.matmul(a, b, 64).equal(torch.matmul(a, b))
+
+
+@pytest.mark.parametrize(
     ("rows", "bits", "looped"), [(3, 15, True), (4, 15, False), (7, 40, True), (8, 40, False), (15, 60, True)]
 )
 def test_few_rows_are_multiplied_in_a_loop(rows: int, bits: int, looped: bool, monkeypatch: pytest.MonkeyPatch) -> None:

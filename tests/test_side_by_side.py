@@ -14,6 +14,7 @@ from protocols.two_party import Linear
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.in_process import plain_reference
 from secure.frontend import Size
+from secure.lowering.parts import part_of
 from secure.mpc.compile import MpcModel, chosen, compile_sizes
 from secure.mpc.compile import compile as mpc_compile
 
@@ -111,6 +112,47 @@ def test_layers_of_other_values_stay_apart() -> None:
     assert len(layers(compiled(Apart().eval()))) == 2
 
 
+class Segments(nn.Module):
+    """Segments of an index behind a normalization: each changes by itself, and has a file of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.enter, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.rows = nn.ParameterDict({f"apart_{each * 32}": torch.randn(4, WIDTH) for each in "ab"})
+        self.head, self.more = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.norm(self.enter(x))
+        scores = [nn.functional.linear(found, each) for each in self.rows.values()]
+        return torch.cat([*scores, self.head(found), self.more(found)], -1)
+
+
+def test_parts_that_change_stay_apart_behind_a_normalization_too() -> None:
+    made = compiled(Segments().eval())
+    found = [name for name in layers(made) if "enter" not in name]
+    assert sorted(map(part_of, found)) == ["", "a" * 32, "b" * 32]
+    assert len(found) == 3, "the two layers of the model itself are one"
+
+
+class Normalized(Attention):
+    """Queries and keys that are normalized, so that they may get more fraction bits than values need."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.norm(self.enter(x))
+        query, key = (nn.functional.layer_norm(layer(found), (8,)) for layer in (self.query, self.key))
+        result: Tensor = torch.softmax((query @ key.transpose(-1, -2)) * 0.25, -1) @ self.value(found)
+        return result
+
+
+def test_what_a_normalization_reads_stays_by_itself() -> None:
+    module = Normalized(nn.LayerNorm(WIDTH), (True, True, True)).eval()
+    made = compiled(module)
+    assert len(layers(made)) == 4
+    with torch.no_grad():
+        assert float((plain_reference(made, inputs(3)) - module(**inputs(3))).abs().max()) < 4e-3
+
+
 def test_ciphertexts_keep_layers_apart() -> None:
     """Slices of a ciphertext's slots are no free views."""
     from secure.frontend import lower_model
@@ -173,11 +215,12 @@ class Turned(nn.Module):
             first, second = x[..., ::2], x[..., 1::2]
             pairs = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
             return torch.stack(pairs, -1).flatten(-2)
-        angles = torch.cat([angles, angles], -1)
+        angles = angles[..., :1] if self.form == "one angle" else torch.cat([angles, angles], -1)
         halves = {
             "usual": lambda: (-second, first),
             "the other way": lambda: (second, -first),
             "not turned": lambda: (-first, second),
+            "one angle": lambda: (-second, first),
             "uneven": lambda: (-x[..., 4:], x[..., :4]),
         }[self.form]()
         across = torch.cat(halves, -1) * angles.sin()
@@ -204,7 +247,7 @@ def test_rows_are_turned_in_one_product() -> None:
     assert not found.keys() & {"mul_public", "concat", "lifted_product", "product"}
 
 
-@pytest.mark.parametrize("form", ["the other way", "not turned", "uneven", "pairs"])
+@pytest.mark.parametrize("form", ["the other way", "not turned", "uneven", "one angle", "pairs"])
 def test_other_forms_are_computed_as_they_are_written(form: str) -> None:
     found = kinds_of(form, public=True)
     assert not found["rotated"]

@@ -347,6 +347,11 @@ def test_parities_tell_any_single_bit_and_any_two() -> None:
     assert torch.equal(kernels.parities([shifted], (9,), start=40), kernels.parities([whole], (512,)))  # bit 48 of both
 
 
+def test_bits_that_are_looked_at_count() -> None:
+    """One plane may be named many times, and is gone over as often."""
+    assert tp.Unmet((1 << 20,) * 4000).repeated() == 4000 << 17
+
+
 def test_parities_are_linear_and_leave_padding_out() -> None:
     rng = np.random.default_rng(1)
     a, b = (torch.from_numpy(rng.integers(0, 256, 9, dtype=np.uint8)) for _ in range(2))
