@@ -94,6 +94,30 @@ def test_many_layers_have_a_name_that_fits() -> None:
         assert float((plain_reference(made, inputs(3)) - module(**inputs(3))).abs().max()) < 4e-3
 
 
+class Shared(nn.Module):
+    """Products with matrices that stand the other way, one of which adds one number to all of its columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.enter, self.norm = nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH, eps=1e-5)
+        self.first, self.second = (nn.Parameter(torch.randn(WIDTH, 6)) for _ in range(2))
+        self.one = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.norm(self.enter(x)[0])
+        result: Tensor = torch.addmm(self.one, found, self.first) * (found @ self.second)
+        return result
+
+
+def test_a_bias_of_one_number_is_that_of_every_column() -> None:
+    module = Shared().eval()
+    made = compiled(module)
+    assert len(layers(made)) == 2
+    with torch.no_grad():
+        assert float((plain_reference(made, inputs(3)) - module(**inputs(3))).abs().max()) < 2e-2
+
+
 class Apart(nn.Module):
     """Two layers of an input that no normalization gives, such as the segments of an index: each is its own."""
 

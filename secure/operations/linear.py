@@ -146,10 +146,16 @@ def _computed(to: Lowering, layers: Sequence[_Layer]) -> Symbol:
 
     def weight() -> Tensor:
         found = [each.scaled(to, each.matrix) for each in layers]
-        return _joined([each if scale is None else each * scale for each in found]).T
+        found = [each if scale is None else each * scale for each in found]
+        return (found[0] if len(layers) == 1 else torch.cat(found)).T
 
     def bias() -> Tensor:
-        return _joined([each.added(to, shift) for each in layers])
+        found = [each.added(to, shift) for each in layers]
+        return (
+            found[0]
+            if len(layers) == 1
+            else torch.cat([x.expand(n.columns) for x, n in zip(found, layers, strict=True)])
+        )
 
     ends = [".T" + each.suffix + (folded if scale is not None else "") for each in layers]
     others = _short("".join(f"|{to.name(each.matrix)}{end}" for each, end in zip(layers[1:], ends[1:], strict=True)))
@@ -173,10 +179,6 @@ def _computed(to: Lowering, layers: Sequence[_Layer]) -> Symbol:
 def _short(names: str) -> str:
     """Return names as they are, or what stands for them where they are many: a Program's names have a bound."""
     return names if len(names) <= _LONG else f"{names[0]}{hashlib.sha256(names.encode()).hexdigest()[:32]}"
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _following_factor(to: Lowering, node: Node) -> float:
