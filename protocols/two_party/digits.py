@@ -217,8 +217,8 @@ class DigitsIn(Silent):
         return count(self.shape) * len(self.digits)
 
     def scratch(self) -> int:
-        """Return the bytes of one table, which is copied from among the others."""
-        return count(self.shape) * max(self._bytes)
+        """Return the bytes of all tables, which the dealer makes one by one and joins."""
+        return count(self.shape) * sum(self._bytes)
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,8 @@ class TabulatedBands(Silent):
         return count(self.shape) * sum(size + _EXCESS * terms**2 for size, terms in sizes)
 
     def scratch(self) -> int:
-        """Return the bytes of one table, which is copied from among the others."""
-        return 8 * count(self.shape) * max(self._sizes)
+        """Return the bytes of all tables, which the dealer makes one by one and joins."""
+        return 8 * count(self.shape) * sum(self._sizes)
 
     def cost(self) -> CircuitCost:
         return CircuitCost(dealt=bytes_of((count(self.shape), sum(self._sizes)), self.wide))
