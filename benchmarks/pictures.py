@@ -23,8 +23,9 @@ from approximations.fits import least_squares
 from approximations.powers import power
 from benchmarks.bias import FARTHER, TASKS
 from benchmarks.common import RESULTS
-from protocols import kernels, ring
+from protocols import ring
 from protocols.ring import WORD
+from protocols.two_party import intervals
 from protocols.two_party.tabulated import _PRECISION, PUBLIC, Tabulated
 from secure.mpc.powers import ROUNDING, divided
 
@@ -91,7 +92,7 @@ def tables(root: int, low: float, high: float, x: Tensor) -> Tensor:
         table, mask = Tabulated((int(here.sum()),), *form), ring.reduce(masks[here], band.ring)
         z = ring.reduce(places[here] + mask, band.ring)
         row = table.rows_for(mask)[torch.arange(len(z)), ring.right(z, band.shift)]
-        basis = kernels.chebyshev(z & ring.low_mask(band.shift), band.shift, band.degree, _PRECISION, PUBLIC)
+        basis = intervals.chebyshev(z & ring.low_mask(band.shift), band.shift, band.degree, _PRECISION, PUBLIC)
         out[here] = (row.double() * basis.double()).sum(-1) / 2.0 ** (24 + PUBLIC)
     return out
 

@@ -7,9 +7,9 @@ In dependency order, one line a module:
 errors       the base class of all errors, and those that protocols raise
 ring         arithmetic in Z_2^k on int64 tensors
 bits         bits of many elements, packed
-wire         tensors as bytes
 kept_kernels the cache of what is compiled, in files that nobody else can write
 kernels      hot loops over elements and packed bits, compiled
+wire         tensors as bytes
 fields       the types of protocols' fields, with their bounds
 windows      entries taken in runs, and patches under a moving window
 fixedpoint   the fixed-point encoding of real numbers

@@ -2,7 +2,7 @@
 
 Each function has two forms: one pass over memory in compiled code, and whole-tensor torch operations for other devices,
 with which tests compare the first. Both give the same integers, so two parties may use different forms. Only
-``stored``, ``loaded``, ``store_difference`` and ``parities`` have one form: packed bytes lie in the CPU's memory.
+``parities`` has one form: packed bytes lie in the CPU's memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return result  # type: ignore[no-any-return]
 
 
-def _fast(x: Tensor) -> bool:
+def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
@@ -41,7 +41,7 @@ def residues(values: tuple[int, ...]) -> Array:
     return np.array([ring.wrap(value) for value in values], np.int64)
 
 
-def _flat(x: Tensor) -> Array:
+def flattened(x: Tensor) -> Array:
     return x.numpy().reshape(-1)  # numpy's call costs a tenth of torch's
 
 
@@ -84,8 +84,8 @@ def _bit_plane(x: Array, offset: int, bit: int) -> Array:
 
 def bit_plane(x: Tensor, offset: int, bit: int) -> Tensor:
     """Return bit ``bit`` of x + offset as a packed plane."""
-    if _fast(x):
-        return torch.from_numpy(_bit_plane(_flat(x), ring.wrap(offset), bit))
+    if on_cpu(x):
+        return torch.from_numpy(_bit_plane(flattened(x), ring.wrap(offset), bit))
     return bits.pack(ring.right(x + ring.wrap(offset), bit))
 
 
@@ -100,9 +100,9 @@ def _opened(mine: Array, theirs: Array, mask: int) -> None:
 
 def opened(mine: Tensor, theirs: Tensor, bits: int) -> Tensor:
     """Return mine + theirs in [0, 2^bits), or signed for 64 bits; ``mine`` may be overwritten."""
-    if _fast(mine):
-        flat = _flat(mine)
-        _opened(flat, _flat(theirs), ring.low_mask(bits))
+    if on_cpu(mine):
+        flat = flattened(mine)
+        _opened(flat, flattened(theirs), ring.low_mask(bits))
         return torch.from_numpy(flat.reshape(mine.shape))
     return ring.reduce(mine + theirs, bits)
 
@@ -136,8 +136,8 @@ def unary_codes(r: Tensor, width: int, drop: int, digit: int, digits: int) -> Te
     words = ((digits - 1) >> places) + 1
     if r.is_meta:
         return torch.empty((words, r.numel()), dtype=torch.int64, device="meta")
-    if _fast(r):
-        return torch.from_numpy(_unary_codes(_flat(r), width, drop, digit, digits))
+    if on_cpu(r):
+        return torch.from_numpy(_unary_codes(flattened(r), width, drop, digit, digits))
     low = ring.right(r.reshape(-1) & ring.low_mask(width - 1), drop)
     out = torch.zeros((words, r.numel()), dtype=torch.int64, device=r.device)
     for d in range(digits):
@@ -193,8 +193,8 @@ def digit_planes(
         row = len(thresholds) * bits.plane_bytes(z.numel())
         return torch.empty((1 + 2 * digits, row), dtype=torch.uint8, device="meta")
     at = residues(thresholds)
-    if _fast(z):
-        return torch.from_numpy(_digit_planes(_flat(z), table.numpy(), at, width, drop, digit, digits, first))
+    if on_cpu(z):
+        return torch.from_numpy(_digit_planes(flattened(z), table.numpy(), at, width, drop, digit, digits, first))
     rows: list[list[Tensor]] = [[] for _ in range(1 + 2 * digits)]
     places = 6 - digit
     for threshold in at.tolist():
@@ -231,8 +231,8 @@ def looked_up(z: Tensor, table: Tensor, shift: int, size: int) -> Tensor:
 
     z: n elements. table: (n, ceil(size / 8)) bytes, in which bit t of an element is bit t % 8 of its byte t // 8.
     """
-    if _fast(z):
-        return torch.from_numpy(_looked_up(_flat(z), table.numpy(), shift, size - 1))
+    if on_cpu(z):
+        return torch.from_numpy(_looked_up(flattened(z), table.numpy(), shift, size - 1))
     digit = ring.right(z.reshape(-1, 1), shift) & (size - 1)
     return bits.pack(table.gather(1, digit >> 3).to(torch.int64) >> (digit & 7))
 
@@ -260,7 +260,7 @@ def parities(planes: Sequence[Tensor], sizes: tuple[int, ...], *, start: int = 0
     """
     if planes[0].is_meta:
         return torch.empty(8, dtype=torch.uint8, device="meta")
-    total = _parities(np.concatenate([_flat(plane) for plane in planes]), np.array(sizes, np.int64), start, zeros)
+    total = _parities(np.concatenate([flattened(plane) for plane in planes]), np.array(sizes, np.int64), start, zeros)
     return torch.from_numpy(np.array([total], "<u8").view(np.uint8))
 
 
@@ -322,9 +322,9 @@ def suffix_counts(
     units: (1 or 2, n, ceil(digits / blocks)) bytes, an entry for each of ``places``; bins <= floor(digits / blocks).
     """
     place, before = places(digits, blocks)
-    if _fast(z):
+    if on_cpu(z):
         chosen = np.zeros(bits.plane_bytes(z.numel()), np.uint8) if plane is None else plane.numpy()
-        counts = _suffix_counts(_flat(z), chosen, units.numpy(), shift, z.shape[-1], place, before, bins)
+        counts = _suffix_counts(flattened(z), chosen, units.numpy(), shift, z.shape[-1], place, before, bins)
         return torch.from_numpy(counts).reshape(*z.shape[:-1], bins)
     unit = units[0]
     if plane is not None:
@@ -382,11 +382,11 @@ def select(
     server adds the public constants. Arithmetic modulo 2^64.
     """
     m, q, one = residues(slopes), residues(offsets), 1 if server else 0
-    if _fast(beta):
+    if on_cpu(beta):
         flat = beta.reshape(len(slopes), -1).numpy()
         z, r, beta_r = opened if opened is not None else (beta, beta, beta)  # not read if there is no slope
         rows = beta_r.reshape(beta_r.shape[0], -1).numpy()
-        total = _select(planes.numpy(), m, q, flat, rows, _flat(z), _flat(r), one)
+        total = _select(planes.numpy(), m, q, flat, rows, flattened(z), flattened(r), one)
         return torch.from_numpy(total).reshape(beta.shape[1:])
     out, sloped = torch.zeros_like(beta[0]), 0
     for s, slope in enumerate(slopes):
@@ -422,7 +422,7 @@ def select_each(planes: Tensor, beta: Tensor, beta_r: Tensor, z: Tensor, r: Tens
     All but ``planes`` are stacked like z, (S, *shape); beta and beta_r are shares of the mask bits and of their
     products with r. Arithmetic modulo 2^64.
     """
-    if _fast(z):
+    if on_cpu(z):
         rows = (np.ascontiguousarray(x.reshape(len(x), -1).numpy()) for x in (beta, beta_r, z, r))
         return torch.from_numpy(_select_each(planes.numpy(), *rows, int(server))).reshape(z.shape[1:])
     masked, whole = z * beta - beta_r, (z if server else 0) - r
@@ -471,10 +471,10 @@ def exponential(
     """
     if z.is_meta:
         return torch.empty(z.shape, dtype=torch.int64, device="meta")
-    if _fast(z):
+    if on_cpu(z):
         plane = np.empty(0, np.uint8) if bit is None else bit.numpy()
         rows = powers.reshape(powers.shape[0], -1).numpy()
-        flat = _exponential(_flat(z), plane, rows, coarse.numpy(), fine.numpy(), shift, excess, places)
+        flat = _exponential(flattened(z), plane, rows, coarse.numpy(), fine.numpy(), shift, excess, places)
         return torch.from_numpy(flat.reshape(z.shape))
     t = (1 << shift) - (z & ring.low_mask(shift))
     low_bits = fine.numel().bit_length() - 1
@@ -511,8 +511,8 @@ def _extended(x: Array, mine: Array, theirs: Array, product: Array, offset: int,
 def extended(x: Tensor, mine: Tensor, theirs: Tensor, product: Tensor, width: int, *, client: bool) -> Tensor:
     """Return this party's share in the wide ring: step 2 of ``two_party.extension``."""
     offset = 0 if client else 1 << (width - 2)
-    if _fast(x):
-        flat = _extended(_flat(x), _flat(mine), _flat(theirs), _flat(product), offset, width, client)
+    if on_cpu(x):
+        flat = _extended(flattened(x), flattened(mine), flattened(theirs), flattened(product), offset, width, client)
         return torch.from_numpy(flat.reshape(x.shape))
     value = ring.reduce(x + offset, width)
     top, shape = ring.top_bit(value, width), tuple(x.shape)
@@ -542,8 +542,8 @@ def lifted(z: Tensor, width: int, drop: int) -> tuple[Tensor, Tensor]:
     if it has no top bit.
     """
     offset, shift = 1 << (width - 2), 1 << (width - 2 - drop)
-    if _fast(z):
-        value, lower = _lifted(_flat(z), offset, width, drop, ring.low_mask(width - drop), shift)
+    if on_cpu(z):
+        value, lower = _lifted(flattened(z), offset, width, drop, ring.low_mask(width - drop), shift)
         return torch.from_numpy(value.reshape(z.shape)), torch.from_numpy(lower.reshape(z.shape))
     moved = z + offset
     whole = ring.right(moved, drop) & ring.low_mask(width - drop)
@@ -560,8 +560,8 @@ def _chosen(upper: Array, difference: Array, lower: Array, shift: int) -> Array:
 
 def chosen(upper: Tensor, difference: Tensor, lower: Tensor, shift: int) -> Tensor:
     """Return upper - 2^shift difference where ``lower`` is -1, and upper where it is 0; modulo 2^64."""
-    if _fast(upper):
-        flat = _chosen(_flat(upper), _flat(difference), _flat(lower), shift)
+    if on_cpu(upper):
+        flat = _chosen(flattened(upper), flattened(difference), flattened(lower), shift)
         return torch.from_numpy(flat.reshape(upper.shape))
     return upper - ring.left(difference & lower.to(torch.int64), shift)
 
@@ -579,8 +579,8 @@ def _dropped(x: Array, offset: int, shift: int, mask: int) -> Array:
 
 def dropped(x: Tensor, offset: int, shift: int, bits: int) -> Tensor:
     """Return floor((x + offset) / 2^shift), with x + offset read as its representative in [0, 2^bits)."""
-    if _fast(x) and shift:
-        flat = _dropped(_flat(x), ring.wrap(offset), shift, ring.low_mask(bits - shift))
+    if on_cpu(x) and shift:
+        flat = _dropped(flattened(x), ring.wrap(offset), shift, ring.low_mask(bits - shift))
         return torch.from_numpy(flat.reshape(x.shape))
     return ring.drop_low(x + ring.wrap(offset), shift, bits)
 
@@ -629,9 +629,9 @@ def polynomials(
     term without r, 1 for the other. Arithmetic modulo 2^64.
     """
     degree, tables = max(map(len, coefficients)) - 1, _binomials(coefficients)
-    if _fast(z) and 1 <= degree <= 3:
-        r, r2, r3 = (_flat(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # powers above the degree meet zeros
-        flat = _cubics(_flat(z), r, r2, r3, residues(centres), tables, first == 0)
+    if on_cpu(z) and 1 <= degree <= 3:
+        r, r2, r3 = (flattened(powers[min(k, degree) - 1]) for k in (1, 2, 3))  # powers above the degree meet zeros
+        flat = _cubics(flattened(z), r, r2, r3, residues(centres), tables, first == 0)
         return torch.from_numpy(flat.reshape(len(centres), *z.shape))
     out = []
     for centre, table, own in zip(centres, tables, coefficients, strict=True):
@@ -651,367 +651,6 @@ def polynomial_passes(coefficients: tuple[tuple[int, ...], ...]) -> int:
     return len(coefficients) if 2 <= longest <= 4 else sum(len(own) * (len(own) + 1) // 2 for own in coefficients)
 
 
-# inverse powers: the dealer fits a polynomial in each interval of an opened secret
-
-
-@compiled
-def _inverse_power(x: float, root: int, start: Array, centre: float, steps: int) -> float:
-    if not start.size:
-        return 1.0 / np.sqrt(x) if root == 2 else 1.0 / x
-    y = 0.0
-    for j in range(start.size - 1, -1, -1):
-        y = y * (x - centre) + start[j]
-    for _ in range(steps):
-        e = 1.0 - x * (y * y if root == 2 else y)
-        y *= 1.0 + e * (0.5 + e * (0.375 + e * 0.3125)) if root == 2 else 1.0 + e * (1.0 + e * (1.0 + e))
-    return y
-
-
-@compiled
-def _inverses(x: Array, root: int, start: Array, centre: float, steps: int) -> None:
-    """Replace every x by its inverse power."""
-    if start.size:
-        for e in range(x.size):
-            x[e] = _inverse_power(x[e], root, start, centre, steps)
-    elif root == 2:
-        for e in range(x.size):
-            x[e] = np.divide(1.0, np.sqrt(x[e]))  # a division by / would look for zeros, and is not vectorized
-    else:
-        for e in range(x.size):
-            x[e] = np.divide(1.0, x[e])
-
-
-@compiled
-def _inverse_powers(
-    r: Array,
-    bits: int,
-    shift: int,
-    root: int,
-    low: int,
-    high: int,
-    scale: float,
-    start: Array,
-    centre: float,
-    steps: int,
-    nodes: Array,
-    fit: Array,
-    fine: Array,
-    light: float,
-) -> Array:
-    size, rows, width, mask = fit.shape[0], 1 << (bits - shift), 1 << shift, (1 << bits) - 1
-    out = np.empty((r.size, rows, size), np.int64)
-    least = _inverse_power(float(low), root, start, centre, steps)
-    each = 64  # masks side by side, so that all inner loops are vectorized
-    at, begin, u, y, total = np.empty(each), np.empty(each), np.empty(each), np.empty(each), np.empty(each)
-    values, basis, right = np.empty((size, each)), np.empty((size, each)), np.empty((size, each))
-    system = np.empty((size, size, each))
-    for first in range(0, r.size, each):
-        here = r[first : first + each]
-        n, found = here.size, out[first : first + each]
-        for d in range(rows):
-            for e in range(n):
-                place = (d * width - here[e]) & mask
-                at[e] = float(place - (mask + 1 if place > mask + 1 - width else 0))
-            for i in range(size):
-                value, step = values[i], 0.5 * width * (nodes[i] + 1.0)
-                for e in range(n):
-                    value[e] = min(max(at[e] + step, float(low)), float(high + width))
-                _inverses(value[:n], root, start, centre, steps)
-            for j in range(size):
-                total[:n] = 0.0
-                for i in range(size):
-                    value, c = values[i], fit[j, i] * scale
-                    for e in range(n):
-                        total[e] += c * value[e]
-                for e in range(n):
-                    found[e, d, j] = np.int64(np.rint(total[e]))
-        right[:] = 0.0
-        system[:] = 0.0
-        for e in range(n):
-            begin[e] = float((here[e] + low) & (width - 1))
-        for k in range(fine.size):
-            part = (fine[k] + 1.0) * 0.5
-            for e in range(n):
-                t = begin[e] + (width - begin[e]) * part
-                u[e], y[e] = t * (2.0 / width) - 1.0, low + t - begin[e]
-            _inverses(y[:n], root, start, centre, steps)
-            for e in range(n):
-                basis[0, e] = np.divide(least, y[e])
-                basis[1, e] = u[e] * basis[0, e]
-            for j in range(2, size):
-                for e in range(n):
-                    basis[j, e] = 2.0 * u[e] * basis[j - 1, e] - basis[j - 2, e]
-            for j in range(size):
-                for e in range(n):
-                    right[j, e] += basis[j, e]
-                for i in range(j + 1):
-                    for e in range(n):
-                        system[j, i, e] += basis[j, e] * basis[i, e]
-        for j in range(size):  # Cholesky's factor of the system, and the solution of its lower half
-            for e in range(n):
-                system[j, j, e] += light
-            for i in range(j):
-                for k in range(i):
-                    for e in range(n):
-                        system[j, i, e] -= system[j, k, e] * system[i, k, e]
-                for e in range(n):
-                    system[j, i, e] = np.divide(system[j, i, e], system[i, i, e])
-                    system[j, j, e] -= system[j, i, e] * system[j, i, e]
-                    right[j, e] -= system[j, i, e] * right[i, e]
-            for e in range(n):
-                system[j, j, e] = np.sqrt(system[j, j, e])
-                right[j, e] = np.divide(right[j, e], system[j, j, e])
-        for j in range(size - 1, -1, -1):
-            for i in range(j + 1, size):
-                for e in range(n):
-                    right[j, e] -= system[i, j, e] * right[i, e]
-            for e in range(n):
-                right[j, e] = np.divide(right[j, e], system[j, j, e])
-                found[e, ((here[e] + low) & mask) >> shift, j] = np.int64(np.rint(right[j, e] * scale * least))
-    return out
-
-
-def inverse_power(x: Tensor, root: int, start: tuple[float, ...], centre: float, steps: int) -> Tensor:
-    """Return x^(-1/root) for x > 0 (float64), or the polynomial with corrections that stands for it.
-
-    start: the coefficients of that polynomial of x - centre; () is the power itself. See ``approximations.power``.
-    """
-    if not start:
-        return x ** (-1 / root)
-    y = torch.zeros_like(x)
-    for c in reversed(start):
-        y = y * (x - centre) + c
-    for _ in range(steps):
-        e = 1 - x * y**root
-        y = y * (1 + e * (0.5 + e * (0.375 + e * 0.3125)) if root == 2 else 1 + e * (1 + e * (1 + e)))
-    return y
-
-
-def inverse_powers(
-    r: Tensor,
-    bits: int,
-    shift: int,
-    root: int,
-    low: int,
-    high: int,
-    scale: float,
-    start: tuple[float, ...],
-    centre: float,
-    steps: int,
-    fits: tuple[Tensor, Tensor, Tensor],
-    light: float,
-) -> Tensor:
-    """Return the rounded coefficients, (n, rows, degree + 1), that ``two_party.tabulated`` deals for the n masks r.
-
-    start, centre, steps: the function, as ``inverse_power`` takes it; beyond the row of ``high`` it is constant.
-    fits: nodes of an interval, the matrix from values there to coefficients, and the nodes of the lowest row. light:
-    what is added to the diagonal of the lowest row's normal equations. The two forms may differ by a rounding: only
-    the dealer computes this.
-    """
-    nodes, fit, fine = (x.to(r.device) for x in fits)
-    if _fast(r):
-        form = (bits, shift, root, low, high, scale, np.array(start, np.float64), centre, steps)
-        return torch.from_numpy(_inverse_powers(_flat(r), *form, nodes.numpy(), fit.numpy(), fine.numpy(), light))
-    r, rows, width, size = r.reshape(-1), 1 << (bits - shift), 1 << shift, len(fit)
-    at = ring.reduce(torch.arange(rows, device=r.device)[:, None] * width - r, bits)
-    at = torch.where(at > (1 << bits) - width, at - (1 << bits), at)
-    x = (at[:, None].to(torch.float64) + (width / 2) * (nodes[:, None] + 1)).clamp(float(low), float(high + width))
-    table = torch.einsum("ji,nie->nje", fit, scale * inverse_power(x, root, start, centre, steps))
-    lowest = (r + low) & ring.low_mask(bits)
-    begin = (lowest & (width - 1)).to(torch.float64)[:, None]
-    t = begin + (width - begin) * (fine + 1) / 2
-    least = inverse_power(torch.full_like(t[:1, :1], low), root, start, centre, steps)
-    u, basis = 2 * t / width - 1, [least / inverse_power(low + t - begin, root, start, centre, steps)]
-    basis.append(u * basis[0])
-    for _ in range(size - 2):
-        basis.append(2 * u * basis[-1] - basis[-2])
-    system = torch.stack(basis, dim=-1)
-    diagonal = light * torch.eye(size, dtype=torch.float64, device=r.device)
-    factor = torch.linalg.cholesky(system.mT @ system + diagonal)
-    found = torch.cholesky_solve(system.sum(1)[..., None], factor)[..., 0].T * (scale * least)
-    table.scatter_(0, ring.right(lowest, shift).expand(1, size, -1), found[None])
-    return torch.round(table).to(torch.int64).permute(2, 0, 1)
-
-
-@compiled
-def _from_rows(z: Array, rows: Array, width: int, shift: int, precision: int, excess: int) -> Array:
-    out = np.empty_like(z)
-    half, low, last = np.int64(1) << (precision - 2), (np.int64(1) << shift) - 1, (np.int64(1) << width) - 1
-    rounding = (np.int64(1) << excess) >> 1
-    for i in range(z.size):
-        row = rows[i, (z[i] & last) >> shift]
-        u = (2 * (z[i] & low) - low - 1) << (precision - shift)
-        before, basis = np.int64(1) << precision, u
-        total = row[0] * ((before + rounding) >> excess) + row[1] * ((u + rounding) >> excess)
-        for j in range(2, row.size):
-            before, basis = basis, ((u * basis + half) >> (precision - 1)) - before
-            total += row[j] * ((basis + rounding) >> excess)
-        out[i] = total
-    return out
-
-
-def from_rows(z: Tensor, rows: Tensor, width: int, shift: int, precision: int, public: int) -> Tensor:
-    """Return sum_j rows[i, d, j] T_j(2 t / 2^shift - 1) for the digit d and the low part t of every z_i.
-
-    z: n elements, of which the low ``width`` bits count; t are the lowest ``shift`` of them, d those above. rows: (n,
-    digits, degree + 1). T_j: see ``chebyshev``. Arithmetic modulo 2^64.
-    """
-    if _fast(z):
-        flat = _from_rows(_flat(z), rows.numpy(), width, shift, precision, precision - public)
-        return torch.from_numpy(flat.reshape(z.shape))
-    flat = ring.reduce(z.reshape(-1), width)
-    row = rows[torch.arange(len(flat), device=z.device), ring.right(flat, shift)]
-    basis = chebyshev(flat & ring.low_mask(shift), shift, row.shape[-1] - 1, precision, public)
-    return (row * basis).sum(-1).reshape(z.shape)
-
-
-def chebyshev(t: Tensor, shift: int, degree: int, precision: int, public: int) -> Tensor:
-    """Return T_j(2 t / 2^shift - 1) for j = 0..degree, as integers with ``public`` fraction bits.
-
-    |T_j| <= 1 and the recursion adds at most j^2 units of 2^-precision, so only the last rounding counts.
-    """
-    u = ring.left(2 * t - (1 << shift), precision - shift)
-    found = [torch.full_like(u, 1 << precision), u]
-    for _ in range(degree - 1):
-        double = ring.right(u * found[-1] + (1 << (precision - 2)), precision - 1)
-        found.append(double - found[-2])
-    excess = precision - public
-    return ring.right(torch.stack(found, dim=-1) + ((1 << excess) >> 1), excess)
-
-
-# bytes on the wire
-
-_SWAPS = (  # the steps that transpose a word as a matrix of 8 x 8 bits: (distance, bits that move down by it)
-    (np.uint64(7), np.uint64(0x00AA00AA00AA00AA)),
-    (np.uint64(14), np.uint64(0x0000CCCC0000CCCC)),
-    (np.uint64(28), np.uint64(0x00000000F0F0F0F0)),
-)
-
-
-@compiled
-def _transpose(words: Array) -> None:
-    """Exchange bit i of byte k with bit k of byte i in every word: eight elements become their eight planes, or back.
-
-    It costs less than ``_gathered`` for two planes or more.
-    """
-    (d0, m0), (d1, m1), (d2, m2) = _SWAPS
-    for j in range(words.size):
-        word = words[j]
-        moved = (word ^ (word >> d0)) & m0
-        word ^= moved ^ (moved << d0)
-        moved = (word ^ (word >> d1)) & m1
-        word ^= moved ^ (moved << d1)
-        moved = (word ^ (word >> d2)) & m2
-        words[j] = word ^ moved ^ (moved << d2)
-
-
-@compiled
-def _store(x: Array, out: Array, n: int, at: int, width: tuple[int, ...], planes: int) -> None:
-    """Store the elements ``at``, ``at`` + 1, ... of n, which are ``x``; ``at`` is a multiple of 8."""
-    each, whole = (n + 7) >> 3, n * len(width)
-    high = np.zeros(BLOCK, np.uint8)
-    words = high.view(np.uint64)
-    for start in range(0, x.size, BLOCK):
-        here = x[start : start + BLOCK]
-        low = out[(at + start) * len(width) :]
-        for i in range(here.size):
-            for k in range(len(width)):
-                low[i * len(width) + k] = np.uint8(here[i] >> (8 * k))
-        if planes:
-            for i in range(here.size):
-                high[i] = np.uint8(here[i] >> (8 * len(width)))
-            size = (here.size + 7) >> 3
-            high[here.size : 8 * size] = 0
-            _transpose(words[:size])
-            for k in range(planes):
-                first, shift = whole + k * each + ((at + start) >> 3), np.uint64(8 * k)
-                plane = out[first : first + size]
-                for j in range(size):
-                    plane[j] = np.uint8(words[j] >> shift)
-
-
-@compiled
-def _store_difference(x: Array, y: Array, out: Array, n: int, at: int, width: tuple[int, ...], planes: int) -> None:
-    difference = np.empty(BLOCK, np.int64)
-    for start in range(0, x.size, BLOCK):
-        size = min(BLOCK, x.size - start)
-        for i in range(size):
-            difference[i] = x[start + i] - y[start + i]
-        _store(difference[:size], out, n, at + start, width, planes)
-
-
-@compiled
-def _loaded(raw: Array, n: int, width: tuple[int, ...], planes: int) -> Array:
-    each = (n + 7) >> 3
-    whole = n * len(width)
-    out = np.empty(n, np.int64)
-    high = np.zeros(BLOCK, np.uint8)
-    words = high.view(np.uint64)
-    for start in range(0, n, BLOCK):
-        here, low = out[start : start + BLOCK], raw[start * len(width) :]
-        if planes:
-            size = (here.size + 7) >> 3
-            words[:size] = np.uint64(0)
-            for k in range(planes):
-                at, shift = whole + k * each + (start >> 3), np.uint64(8 * k)
-                plane = raw[at : at + size]
-                for j in range(size):
-                    words[j] |= np.uint64(plane[j]) << shift
-            _transpose(words[:size])
-            for i in range(here.size):
-                value = np.int64(high[i]) << (8 * len(width))
-                for k in range(len(width)):
-                    value |= np.int64(low[i * len(width) + k]) << (8 * k)
-                here[i] = value
-        else:
-            for i in range(here.size):
-                value = np.int64(0)
-                for k in range(len(width)):
-                    value |= np.int64(low[i * len(width) + k]) << (8 * k)
-                here[i] = value
-    return out
-
-
-_KNOWN = [(0,) * width for width in range(9)]
-"""Tuples by their length, which is part of their types: so the compiler knows the width and vectorizes."""
-
-
-def stored(x: Array, ring_bits: int) -> Array:
-    """Store the low ``ring_bits`` bits of every element, n * ring_bits / 8 bytes if n is a multiple of 8.
-
-    First come the whole bytes, ring_bits // 8 an element, little-endian; then a packed plane of ceil(n / 8) bytes for
-    each bit above them, the lowest first. Bits of a plane past the last element are zero. Elements of 64 bits are not
-    copied: the result is a view of them.
-    """
-    if ring_bits == ring.WORD:
-        return x.view(np.uint8)
-    out = np.empty((ring_bits >> 3) * x.size + (ring_bits & 7) * bits.plane_bytes(x.size), np.uint8)
-    _store(x, out, x.size, 0, _KNOWN[ring_bits >> 3], ring_bits & 7)
-    return out
-
-
-def store_difference(x: Array, y: Array, ring_bits: int, out: Array, n: int, at: int) -> None:
-    """Store x - y, the elements ``at``, ``at`` + 1, ... of n, in ``out`` in the form of ``stored``.
-
-    ``at`` is a multiple of 8, and ``out`` has the bytes of all n elements.
-    """
-    _store_difference(x, y, out, n, at, _KNOWN[ring_bits >> 3], ring_bits & 7)
-
-
-def loaded(raw: Array, n: int, ring_bits: int) -> Array:
-    """Load n int64 elements from bytes of the form of ``stored``; bits of a plane past the last element are ignored.
-
-    ``raw`` must have the size that ``stored`` gives: this does not check it.
-    """
-    if ring_bits == ring.WORD:
-        return raw.view(np.int64).copy()
-    if raw.flags.writeable:  # received bytes mostly are not, and numba would compile both kinds
-        raw = raw.view()
-        raw.flags.writeable = False
-    out: Array = _loaded(raw, n, _KNOWN[ring_bits >> 3], ring_bits & 7)
-    return out
-
-
 def warm_up() -> None:
     """Compile every kernel, or load it from the cache beside this file, so that no query waits for the compiler."""
     x, plane = torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
@@ -1023,15 +662,8 @@ def warm_up() -> None:
     extended(x, plane, plane, x, 8, client=True)
     looked_up(x, plane.expand(8, 1).contiguous(), 0, 8)
     opened(x.clone(), x, 8)
-    from_rows(x, x.expand(8, 2, 8).contiguous(), 9, 8, 30, 16)
     suffix_counts(x, None, torch.zeros(1, 8, 2, dtype=torch.uint8), 0, 2, 1, 2)
     chosen(x, x, lifted(x, 8, 1)[1], 7)
     dropped(x, 0, 1, 8)
-    for width in range(9):
-        ring_bits = 8 * width or 1
-        loaded(stored(x.numpy(), ring_bits), x.numel(), ring_bits)
-        store_difference(x.numpy(), x.numpy(), ring_bits, np.zeros(64, np.uint8), x.numel(), 0)
     polynomials(x, (x,), (0,), ((1, 1),), 0)
-    line = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    inverse_powers(x, 8, 6, 1, 64, 128, 1.0, (), 0.0, 0, (line, torch.eye(2, dtype=torch.float64), line), 1.0)
     parities([plane], (8,))

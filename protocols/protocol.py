@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocols import bits, fields, kernels, ring
+from protocols import bits, fields, ring
 from protocols.kernels import Array
-from protocols.wire import Wire
+from protocols.wire import Wire, store_difference
 
 SERVER, CLIENT = 0, 1
 PARTY_NAMES = ("server", "client")
@@ -122,7 +122,7 @@ class Draw:
             words = total ^ share if self.xor else total - share
             out[8 * at : 8 * (at + len(total))] = words.view(np.uint8)
         else:
-            kernels.store_difference(total, share, self.bits, out, count(self.shape), at)
+            store_difference(total, share, self.bits, out, count(self.shape), at)
 
 
 @dataclass(frozen=True)

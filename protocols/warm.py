@@ -3,13 +3,13 @@
 ``NUMBA_CACHE_DIR=DIRECTORY python -m protocols.warm`` keeps it in a directory (``protocols.kept_kernels``).
 """
 
-from protocols import kernels, matmul
-from protocols.two_party import bitproducts, digits
+from protocols import kernels, matmul, wire
+from protocols.two_party import bitproducts, digits, intervals
 
 
 def warm_up() -> None:
     """Compile the kernels of one element and of matrices, or load them from where they are kept."""
-    for each in (kernels, matmul, bitproducts, digits):
+    for each in (kernels, wire, matmul, bitproducts, digits, intervals):
         each.warm_up()
 
 

@@ -26,6 +26,7 @@ from protocols.circuit import reference
 from protocols.flow import Instruction
 from protocols.protocol import CircuitCost, Opening, Protocol, Shape
 from protocols.three_party import Translated
+from protocols.two_party import intervals
 from protocols.two_party.exponential import _COARSE, _FINE, _LOW, _tables
 from protocols.two_party.noise import HIGHEST, LOWEST
 from protocols.two_party.tabulated import ACCURACY, ROWS, WIDEST, smallest
@@ -1187,7 +1188,7 @@ def test_conforms(kind: str, deployment: str, data: st.DataObject) -> None:
     prepared, portable = (data.draw(st.booleans(), label=label) for label in ("prepared", "portable"))
     with pytest.MonkeyPatch.context() as patch:
         if portable:
-            patch.setattr(kernels, "_fast", lambda x: False)
+            patch.setattr(kernels, "on_cpu", lambda x: False)
             patch.setattr(matmul, "native", lambda: False)
         outcome = measure(setup, size, deployment, prepared=prepared)
     check(outcome.server[0], outcome.client[0])
@@ -1523,7 +1524,7 @@ def finished(p: Protocol, rows: Tensor, z: Tensor) -> Tensor:
 def test_polynomials_of_tables_are_integers_that_every_machine_has() -> None:
     p = tp.Tabulated((1,), 14, 10, 16, 1, 1 << 10, 1 << 13, 2.0**30, 16, 64)
     t = torch.arange(1 << 10)
-    found = kernels.chebyshev(t, p.shift, p.degree, 30, p.public)
+    found = intervals.chebyshev(t, p.shift, p.degree, 30, p.public)
     assert found.dtype == torch.int64
     exact = [[Fraction(1)] * 1024, [Fraction(2 * int(v), 1024) - 1 for v in t]]
     for _ in range(15):

@@ -269,7 +269,7 @@ def test_compiled_kernels_are_the_portable_ones(seed: int, n: int, width: int, d
 
     fast = results()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_fast", lambda x: False)
+        patch.setattr(kernels, "on_cpu", lambda x: False)
         slow = results()
     for a, b in zip(fast, slow, strict=True):
         assert a.dtype == b.dtype
@@ -477,11 +477,11 @@ def test_compiled_loops_of_several_processes_share_a_cache(tmp_path: Path) -> No
     """Widths that different processes compiled must not be taken for one another."""
     script = (
         "import sys, numpy as np\n"
-        "from protocols import kernels\n"
+        "from protocols import wire\n"
         "x = np.arange(-9, 99)\n"
         "for k in map(int, sys.argv[1:]):\n"
-        "    raw = np.frombuffer(kernels.stored(x, k).tobytes(), np.uint8)\n"
-        "    assert (kernels.loaded(raw, x.size, k) == x & (1 << k) - 1).all(), k\n"
+        "    raw = np.frombuffer(wire.stored(x, k).tobytes(), np.uint8)\n"
+        "    assert (wire.loaded(raw, x.size, k) == x & (1 << k) - 1).all(), k\n"
     )
     here = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}

@@ -29,6 +29,7 @@ from parties.services.draining import DRAIN
 from parties.services.ready import READY, tell_ready
 from protocols import kernels
 from protocols.three_party import dpf
+from protocols.two_party import digits
 from secure.deployments.two_party import DEALER, SERVER
 from tests import confined
 from tests.test_cli import COMMAND, Process, process
@@ -154,7 +155,7 @@ def test_nobody_is_told_where_nobody_listens(
 
 def kernels_of_root(where: Path) -> Path:
     """What `python -m protocols.warm` writes, from what this process has beside the package."""
-    for package in (Path(kernels.__file__).parent, Path(dpf.__file__).parent):
+    for package in {Path(str(module.__file__)).parent for module in (kernels, digits, dpf)}:
         place = where / _CacheLocator.get_suitable_cache_subpath(str(package / "x.py"))  # type: ignore[no-untyped-call]
         place.mkdir(parents=True)
         for path in (package / "__pycache__").glob("*.nb?"):

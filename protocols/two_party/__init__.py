@@ -10,6 +10,7 @@ bitproducts   (helper) products of up to four secret bits in one round
 comparison    compare an opened secret with public thresholds
 selection     secret bits times an opened secret: piecewise linear functions; bits to numbers
 exponential   e^-x of an opened secret
+intervals     (helper) inverse powers in intervals whose places a mask moves
 tabulated     1 / x and 1 / sqrt(x) of an opened secret, by dealt polynomials
 digits        bits and histograms of an opened secret's coarse digit, for the maxima of rows
 ranking       ranks within a row, and its first entries by rank

@@ -37,10 +37,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from protocols import kernels, ring
+from protocols import ring
 from protocols.fields import Bands, Bits, Corrections, Degree, Real, Residue, Ring, Root, Shape, Start
 from protocols.protocol import CircuitCost, Draw, Material, Silent, Weights, bytes_of, count
 from protocols.ring import WORD
+from protocols.two_party import intervals
 from protocols.wire import Wire
 
 ROWS = 1 << 12
@@ -116,17 +117,17 @@ class Tabulated(Silent):
         """Return the coefficients for masks r, of the shape of ``shape`` and then rows and degrees."""
         fits = (*_interpolation(self.degree), _interpolation(_EXCESS * (self.degree + 1) - 1)[0])
         form = (self.ring, self.shift, self.root, self.low, self.high, self.scale, self.start, self.centre, self.steps)
-        rows = kernels.inverse_powers(r, *form, fits, _WEIGHT**2 * len(fits[2]))
+        rows = intervals.inverse_powers(r, *form, fits, _WEIGHT**2 * len(fits[2]))
         return rows.reshape(*self.shape, self.rows, self.degree + 1)
 
     def compute(self, party: int, material: Material, operands: tuple[Any, ...], weights: Weights) -> Any:
         ((z, _),) = operands
         rows = material["rows"].reshape(-1, self.rows, self.degree + 1)
-        return kernels.from_rows(z, rows, self.ring, self.shift, _PRECISION, self.public)
+        return intervals.from_rows(z, rows, self.ring, self.shift, _PRECISION, self.public)
 
     def clear(self, operands: tuple[Any, ...], weights: Weights) -> Any:
         x = ring.reduce(operands[0], self.ring).clamp(self.low, self.high).to(torch.float64)
-        power = kernels.inverse_power(x, self.root, self.start, self.centre, self.steps)
+        power = intervals.inverse_power(x, self.root, self.start, self.centre, self.steps)
         return ring.left(torch.round(self.scale * power).to(torch.int64), self.public)
 
     def fitted(self) -> int:
@@ -268,9 +269,9 @@ def _measured(table: Tabulated, places: int, points: int) -> float:
     x = torch.cat([low * (high / low) ** part, low + (high - low) * part]).round().to(torch.int64).clamp(low, high)
     z = ring.reduce(x[:, None] + r, table.ring)
     row = table.rows_for(r)[torch.arange(places), ring.right(z, table.shift)].to(torch.float64)
-    basis = kernels.chebyshev(z & ring.low_mask(table.shift), table.shift, table.degree, _PRECISION, table.public)
+    basis = intervals.chebyshev(z & ring.low_mask(table.shift), table.shift, table.degree, _PRECISION, table.public)
     found = (row * basis.to(torch.float64)).sum(-1)
-    exact = kernels.inverse_power(x.to(torch.float64), table.root, table.start, table.centre, table.steps)
+    exact = intervals.inverse_power(x.to(torch.float64), table.root, table.start, table.centre, table.steps)
     return float((found / (table.scale * 2.0**table.public * exact[:, None]) - 1).abs().max())
 
 
