@@ -11,9 +11,10 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # a file's tests share what they compile, so that they stay in one process; tests/conftest.py orders the files
 TEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-LOWEST ?= .lowest
-LOWEST_FLAGS ?=
-LOWEST_TESTS ?= tests/test_start.py tests/test_sampling.py tests/test_capture.py tests/test_parties.py
+RESOLUTION.lowest := lowest-direct
+RESOLUTION.highest := highest
+BOUNDS_FLAGS ?=
+BOUNDS_TESTS ?= tests/test_start.py tests/test_sampling.py tests/test_capture.py tests/test_parties.py
 PROTO_OUT ?= .
 DOCS_OUT ?= site
 
@@ -23,7 +24,7 @@ PROTOS := $(wildcard proto/*.proto)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lowest lint format types docs proto proto-check hooks clean
+.PHONY: help setup demo test test-fast lowest highest lint format types docs proto proto-check hooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,12 +47,14 @@ test-fast: $(STAMP) ## Run the tests that are not marked slow
 	$(BIN)/pytest -m 'not slow' $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lowest: ## Run a few tests with the lowest versions that pyproject.toml allows, in an environment of their own
-	test -x $(LOWEST)/bin/uv || ($(PYTHON) -m venv $(LOWEST) && $(LOWEST)/bin/python -m pip install $(PIP_FLAGS) uv)
-	$(LOWEST)/bin/uv pip install -p $(LOWEST)/bin/python --resolution lowest-direct $(LOWEST_FLAGS) -r pyproject.toml
-	$(LOWEST)/bin/python -c 'import unseen, parties.deployments'
-	$(LOWEST)/bin/uv pip install -p $(LOWEST)/bin/python --resolution lowest-direct $(LOWEST_FLAGS) -r pyproject.toml --extra demo
-	$(LOWEST)/bin/uv pip install -p $(LOWEST)/bin/python $(LOWEST_FLAGS) pytest pytest-timeout hypothesis
-	$(LOWEST)/bin/python -m pytest -m 'not slow' -W default -p no:cacheprovider $(LOWEST_TESTS)
+highest: ## The same with the highest versions
+lowest highest:
+	test -x .$@/bin/uv || ($(PYTHON) -m venv .$@ && .$@/bin/python -m pip install $(PIP_FLAGS) uv)
+	.$@/bin/uv pip install -p .$@/bin/python --resolution $(RESOLUTION.$@) $(BOUNDS_FLAGS) -r pyproject.toml
+	.$@/bin/python -c 'import unseen, parties.deployments'
+	.$@/bin/uv pip install -p .$@/bin/python --resolution $(RESOLUTION.$@) $(BOUNDS_FLAGS) -r pyproject.toml --extra demo
+	.$@/bin/uv pip install -p .$@/bin/python $(BOUNDS_FLAGS) pytest pytest-timeout hypothesis
+	.$@/bin/python -m pytest -m 'not slow' -W default -p no:cacheprovider $(BOUNDS_TESTS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -81,5 +84,5 @@ hooks: $(STAMP) ## Install the pre-commit hooks
 	$(BIN)/pre-commit install
 
 clean: ## Remove the virtual environment, caches and build output
-	rm -rf .venv .lowest build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .lowest .highest build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
