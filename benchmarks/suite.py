@@ -164,15 +164,20 @@ def export_weights(file: Path) -> Path:
 
 
 def kept(results: dict[str, Any]) -> dict[str, Any]:
-    """Return results with those of other works that the file holds; a work that is not of this run says its date."""
+    """Return results with those of other works that the file holds; a work that is not of this run says its date.
+
+    What a peer took in an earlier run is not kept beside ours of this one, as ratios are of one run.
+    """
     if not RESULTS.is_file():
         return results
     before = json.loads(RESULTS.read_text())
     ours = {name: {"date": before["machine"]["date"], **row} for name, row in before["ours"].items()}
-    peers = dict(before["peers"])
-    for peer, report in results["peers"].items():
-        known = peers.get(peer, {"work": {}})
-        peers[peer] = {**known, **report, "work": joined(known["work"], report["work"])}
+    again = {works.counterpart(name) for name, row in results["ours"].items() if "failed" not in row}
+    peers = {}
+    for peer in {**before["peers"], **results["peers"]}:
+        known, report = before["peers"].get(peer, {"work": {}}), results["peers"].get(peer, {"work": {}})
+        rest = {name: row for name, row in known["work"].items() if name not in again}
+        peers[peer] = {**known, **report, "work": joined(rest, report["work"])}
     return {**results, "ours": joined(ours, results["ours"]), "peers": peers}
 
 

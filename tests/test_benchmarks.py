@@ -215,9 +215,14 @@ def test_results_of_other_works_stay(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return {"machine": {"date": date}, "ours": ours, "peers": {"peer": {"version": date, "work": theirs}}}
 
     monkeypatch.setattr(suite, "RESULTS", tmp_path / "suite.json")
-    first = results("monday", {"a": {"rounds": 1}, "b": {"rounds": 2}}, {"a": {"s": 1}})
+    first = results("monday", {"gelu 128x3072": {"rounds": 1}, "gpt2 32": {"rounds": 2}}, {"gelu 128x3072": {"s": 1}})
     assert suite.kept(first) == first
     suite.RESULTS.write_text(json.dumps(first))
-    found = suite.kept(results("friday", {"b": {"rounds": 3}, "a": {"failed": "why"}}, {"b": {"s": 2}}))
-    assert found["ours"] == {"a": {"date": "monday", "rounds": 1}, "b": {"rounds": 3}}
-    assert found["peers"] == {"peer": {"version": "friday", "work": {"a": {"s": 1}, "b": {"s": 2}}}}
+    found = suite.kept(
+        results("friday", {"gpt2 32": {"rounds": 3}, "gelu 128x3072": {"failed": "why"}}, {"gpt2 32": {"s": 2}})
+    )
+    assert found["ours"] == {"gelu 128x3072": {"date": "monday", "rounds": 1}, "gpt2 32": {"rounds": 3}}
+    assert found["peers"] == {"peer": {"version": "friday", "work": {"gelu 128x3072": {"s": 1}, "gpt2 32": {"s": 2}}}}
+    suite.RESULTS.write_text(json.dumps(found))
+    alone = suite.kept({**results("sunday", {"gpt2 32": {"rounds": 3}}, {}), "peers": {}})  # ratios are of one run
+    assert alone["peers"] == {"peer": {"version": "friday", "work": {"gelu 128x3072": {"s": 1}}}}
