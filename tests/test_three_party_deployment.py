@@ -208,6 +208,26 @@ def renamed(shares: dict[str, Path], tmp_path: Path, name: str, other: str) -> P
     return copy
 
 
+@pytest.mark.parametrize("party", [0, 2])
+@pytest.mark.parametrize("changed", ["9" * 600, 10**40, 1 << 29, "2", -1, None])
+def test_weights_of_other_shapes_than_the_program_reads_are_refused(
+    shares: dict[str, Path], tmp_path: Path, party: int, changed: Any
+) -> None:
+    """Party 2 makes weights by their shapes alone: a wrong one must cost it nothing."""
+    copy = tmp_path / "share"
+    shutil.copytree(shares["one-hot"] / f"party-{party}", copy)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    name = next(name for name, shape in manifest["shapes"].items() if len(shape) == 2)
+    if changed is None:
+        del manifest["shapes"][name]
+    else:
+        manifest["shapes"][name][0] = changed
+    (copy / MANIFEST).chmod(0o600)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ShareError, match="not those that its Programs read|its manifest cannot be read"):
+        load_share(copy)
+
+
 @pytest.mark.parametrize("party", [0, 1, 2])
 def test_another_seed_is_noticed(shares: dict[str, Path], tmp_path: Path, party: int) -> None:
     """Each seed has two holders, who show each other that they have the same."""

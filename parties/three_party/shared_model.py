@@ -48,6 +48,7 @@ from parties.served.files import (
     unpack_masked,
 )
 from parties.three_party.pair_keys import PairSeed
+from protocols.fields import Name, Ring, Shape
 from protocols.narrow import NARROW
 from protocols.prg import SEED_BYTES, fresh_seed
 from protocols.three_party import Translated
@@ -94,8 +95,8 @@ class Manifest(BaseModel):
     party: Literal[0, 1, 2]
     model: str
     compiled_as: dict[str, str]
-    rings: dict[str, int]
-    shapes: dict[str, tuple[int, ...]]
+    rings: dict[Name, Ring]
+    shapes: dict[Name, Shape]
     files: dict[str, str]
     pad_id: int
     lowercase: bool
@@ -314,7 +315,7 @@ def load_share(directory: str | Path) -> PartyShare:
         sizes = [SharedProgram(program, deployment.translated(program)) for program in programs]
     except (InvalidInput, InvalidProgram) as error:
         raise ShareError(f"{directory}: {error}", "share the model anew") from None
-    if _rings(size.circuit for size in sizes) != manifest.rings:
+    if _rings(size.circuit for size in sizes) != manifest.rings or not _fit(manifest.shapes, manifest.rings, programs):
         raise ShareError(f"{directory}: its weights are not those that its Programs read", "share the model anew")
     own, mapped = _memory(manifest, sizes, public=deployment.public_weights)
     memory_said(
@@ -337,6 +338,12 @@ def load_share(directory: str | Path) -> PartyShare:
         text,
         files,
     )
+
+
+def _fit(shapes: Mapping[str, Shape], rings: Mapping[str, Ring], programs: Iterable[Program]) -> bool:
+    """Tell whether the shapes of weights are those that Programs multiply by; a Program has none of what it adds."""
+    known = {name: shape for program in programs for name, shape in program.weight_shapes.items()}
+    return shapes.keys() == rings.keys() and all(known.get(name, shape) == shape for name, shape in shapes.items())
 
 
 def _memory(manifest: Manifest, sizes: Sequence[SharedProgram], *, public: bool) -> tuple[int, int]:
