@@ -174,7 +174,7 @@ def test_mistakes_about_a_model(run: Run, directory: Path, tmp_path: Path, deale
     in_words(run("serve", model, "--calibration", str(empty)), "cannot be read", "one sentence a line")
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(sentences()))
-    arguments = ["serve", model, "--length", str(LENGTH), "--calibration", str(texts)]
+    arguments = ["serve", model, "--length", str(LENGTH), "--calibration", str(texts), "--listen", "127.0.0.1:0"]
     in_words(run(*arguments, "--dealer", NOBODY), f"the dealer at {NOBODY} cannot be reached", f"--listen {NOBODY}")
 
 

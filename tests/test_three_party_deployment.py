@@ -224,7 +224,7 @@ def test_weights_of_other_shapes_than_the_program_reads_are_refused(
         manifest["shapes"][name][0] = changed
     (copy / MANIFEST).chmod(0o600)
     (copy / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ShareError, match="not those that its Programs read|its manifest cannot be read"):
+    with pytest.raises(ShareError, match=r"not those that its Programs read|its manifest cannot be read"):
         load_share(copy)
 
 
