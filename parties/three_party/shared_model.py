@@ -89,7 +89,7 @@ class Manifest(BaseModel):
     which the model was compiled. files: SHA-256 of the files beside the manifest.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: int
     party: Literal[0, 1, 2]

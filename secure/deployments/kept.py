@@ -87,7 +87,7 @@ class CompiledManifest(BaseModel):
 class _Size(BaseModel):
     """One compiled size. own: the facts of the deployment's compiled form. tensors: names of tensors in the file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     own: dict[str, Any]
     tensors: dict[str, str]
@@ -96,7 +96,7 @@ class _Size(BaseModel):
 class _Facts(BaseModel):
     """The content of ``model.json``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     deployment: Name
     compiled_as: dict[str, str]
