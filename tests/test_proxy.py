@@ -575,7 +575,7 @@ def test_a_session_that_has_ended_is_opened_again(embedder: secure.Compiled, wri
 
     with running(embedder, connect=connect) as served:
         opened[0].close()
-        assert served.ask("/healthz").status == 503
+        assert served.ask("/healthz").status == 200  # it rested for long, and is opened when somebody asks
         assert vectors(served.ask("/v1/embeddings", {"input": TEXTS[0]})).shape == (1, 32)
         assert len(opened) == 2
         assert served.ask("/healthz").status == 200
@@ -587,6 +587,35 @@ def test_a_session_that_has_ended_is_opened_again(embedder: secure.Compiled, wri
     with running(writer, connect=lambda: next(lost)) as served:
         reply = served.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 2})
         assert reply.status == 200, reply.body
+
+
+def test_a_lost_session_is_opened_again_before_anybody_asks(
+    embedder: secure.Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever heeds a probe that says no does not ask."""
+    monkeypatch.setattr("parties.proxy.workers.AGAIN", 0.05)
+    back, tried = threading.Event(), threading.Semaphore(0)
+    first = [Losing(secure.insecure_in_process(embedder), PeerLost("the server is gone"))]
+
+    def connect() -> Any:
+        if first:
+            return first.pop()
+        tried.release()
+        if not back.is_set():
+            raise PeerLost("the server is not there yet")
+        return secure.insecure_in_process(embedder)
+
+    with running(embedder, connect=connect) as served:
+        assert served.ask("/healthz").status == 200
+        said(served.ask("/v1/embeddings", {"input": TEXTS[0]}), 502, "the server is gone")
+        assert all(tried.acquire(timeout=20) for _ in range(3))
+        assert served.ask("/healthz").status == 503
+        back.set()
+        until = time.monotonic() + 20
+        while served.ask("/healthz").status != 200 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert served.ask("/healthz").status == 200
+        assert vectors(served.ask("/v1/embeddings", {"input": TEXTS[0]})).shape == (1, 32)
 
 
 @pytest.mark.parametrize("error", [PeerLost("the server is gone"), RuntimeError("a secret of the text")])

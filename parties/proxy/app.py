@@ -382,7 +382,7 @@ class Proxy:
         return show(request, self._host)
 
     async def _health(self, request: Request) -> Response:
-        """Tell whoever asks, without a token, whether there is a session. One that has ended is opened when asked."""
+        """Tell whoever asks, without a token, whether there is a session, or one can be opened as far as is known."""
         alive = self._workers.alive
         return JSONResponse({"status": "ok" if alive else "no session"}, 200 if alive else 503)
 

@@ -109,8 +109,8 @@ class SessionWorkers:
 
     @property
     def alive(self) -> int:
-        """The number of sessions that can be asked, as far as is known."""
-        return sum(not each.session.link.ended for each in self._held)
+        """The number of sessions that can be asked, as far as is known: one that rested for long is opened again."""
+        return sum(not each.lost for each in self._held)
 
     @property
     def all(self) -> int:
@@ -175,7 +175,11 @@ class SessionWorkers:
 
 
 class _SessionWorker:
-    """One session, and the thread that asks it."""
+    """One session, and the thread that asks it.
+
+    lost: the session ended while it was used, and is not open again. The thread opens it by itself, as whoever heeds a
+    probe does not ask. One that ended while it rested, to make room for others, stays so until somebody asks.
+    """
 
     def __init__(self, workers: SessionWorkers, session: Session, number: int) -> None:
         self._all, self.session = workers, session
@@ -183,7 +187,7 @@ class _SessionWorker:
         self._seen: Report | None = None
         lengths = sorted({size.length for size in session.sizes if size.length > 1})
         self._length = lengths[0] if lengths else None
-        self._again = 0.0
+        self._again, self.lost = 0.0, False
         self._thread = threading.Thread(target=self._run, name=f"proxy-{number}", daemon=True)
 
     def start(self) -> None:
@@ -206,6 +210,9 @@ class _SessionWorker:
                         error = Error("the proxy failed at this request", "see its log")
                     for job in jobs:
                         _fail(job, error)
+            if self.session.link.ended and not self.lost and not self._all._closed:
+                log.warning("the session has ended; connecting again")
+                self.lost = True
 
     def _work(self, jobs: Sequence[Inquiry | Text]) -> None:
         self._open()
@@ -243,15 +250,19 @@ class _SessionWorker:
         """Connect again if the session has ended. Raises what connecting raises, HandshakeError for another Program."""
         if not self.session.link.ended or self._all._closed:
             return
-        log.info("the session has ended; connecting again")
         session = self._all._open()
         if session.program.digest != self._digest:
             session.close()
             raise HandshakeError("the server serves another Program than before", "start this proxy again")
-        self.session, self._seen = session, None
+        log.info("connected again")
+        self.session, self._seen, self.lost = session, None, False
+        if self._all._closed:
+            session.close()
 
     def _rest(self) -> float | None:
-        """Return the seconds until a query may be prepared; None if enough are."""
+        """Return the seconds until a query may be prepared, or a lost session opened; None if nothing is to be done."""
+        if self.lost:
+            return max(0.0, self._again - time.monotonic())
         if not self._all._ahead or self.session.link.ended:
             return None
         if self.session.ready_for(self._length) >= self._all._ahead:
@@ -259,14 +270,18 @@ class _SessionWorker:
         return max(0.0, self._again - time.monotonic())
 
     def _prepare(self) -> None:
-        """Prepare a query, if that can be done; what fails here fails again at the next request, and is said there."""
+        """Prepare a query, or connect again; what fails here fails again at the next request, and is said there."""
         if self._rest() != 0.0:
             return
-        before = self.session.ready_for(self._length)
         try:
+            if self.lost:
+                self._open()
+                return
+            before = self.session.ready_for(self._length)
             self.session.prepare(self._length)
         except Exception as error:
-            log.info("a query could not be prepared: %s", type(error).__name__)
+            if not self.lost and not self._all._closed:
+                log.info("a query could not be prepared: %s", type(error).__name__)
             self._again = time.monotonic() + AGAIN
         else:
             if self.session.ready_for(self._length) == before:  # the deployment has nothing to prepare
