@@ -367,4 +367,6 @@ def test_images_run_as_an_ordinary_user() -> None:
     assert kernels is not None
     assert kernels[1].startswith("/opt/unseen/")
     assert text.index("ENV ") < text.index("RUN python -P -m protocols.warm") < text.index("USER ")
-    assert "--chown=10001:10001 --chmod=0700 compiled /compiled" in (DEPLOY / "Dockerfile.server").read_text()
+    server = (DEPLOY / "Dockerfile.server").read_text()
+    assert "\nCOPY --chown=10001:10001 --chmod=0700 compiled /compiled\n" in server
+    assert "\nRUN chmod 0700 /compiled\n" in server
