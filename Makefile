@@ -50,9 +50,9 @@ lowest: ## Run a few tests with the lowest versions that pyproject.toml allows, 
 highest: ## The same with the highest versions
 lowest highest:
 	test -x .$@/bin/uv || ($(PYTHON) -m venv .$@ && .$@/bin/python -m pip install $(PIP_FLAGS) uv)
-	.$@/bin/uv pip install -p .$@/bin/python --resolution $(RESOLUTION.$@) $(BOUNDS_FLAGS) -r pyproject.toml
+	.$@/bin/uv pip install -p .$@/bin/python --upgrade --resolution $(RESOLUTION.$@) $(BOUNDS_FLAGS) -r pyproject.toml
 	.$@/bin/python -c 'import unseen, parties.deployments'
-	.$@/bin/uv pip install -p .$@/bin/python --resolution $(RESOLUTION.$@) $(BOUNDS_FLAGS) -r pyproject.toml --extra demo
+	.$@/bin/uv pip install -p .$@/bin/python --upgrade --resolution $(RESOLUTION.$@) $(BOUNDS_FLAGS) -r pyproject.toml --extra demo
 	.$@/bin/uv pip install -p .$@/bin/python $(BOUNDS_FLAGS) pytest pytest-timeout hypothesis
 	.$@/bin/python -m pytest -m 'not slow' -W default -p no:cacheprovider $(BOUNDS_TESTS)
 

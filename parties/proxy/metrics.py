@@ -46,7 +46,7 @@ class Metrics:
         self._offline = Counter("unseen_proxy_offline_seconds", "Seconds in which queries were prepared.", **own)
         self.waiting = Gauge("unseen_proxy_inputs_waiting", "Inputs that wait for a session.", **own)
         self.ready = Gauge("unseen_proxy_queries_ready", "Queries that are prepared and not yet used.", **own)
-        self.sessions = Gauge("unseen_proxy_sessions", "Sessions that can be asked.", **own)
+        self.sessions = Gauge("unseen_proxy_sessions", "Sessions that are open, or are opened when asked.", **own)
 
     @contextmanager
     def request(self, endpoint: str) -> Iterator[HttpOutcome]:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from secure.errors import Busy, DealerError, Error, HandshakeError, PeerLost
+from secure.errors import Busy, DealerError, Error, HandshakeError, PeerLost, printable
 from secure.lowering.client_inputs import GENERATE
 from secure.session.link import Report
 from secure.session.session import WINDOW, Session
@@ -28,7 +28,10 @@ GATHER = 0.005
 MOST_WAITING = 1 << 14
 """Inputs that wait at most; a text that is to be written counts as one."""
 
-AGAIN = 5.0  # seconds after a query could not be prepared until that is tried again
+AGAIN = 5.0  # seconds after a query could not be prepared, or a session not opened, until that is tried again
+REFUSED = 300.0  # the same after a server that serves something else
+
+ENDING = 10.0  # seconds that a worker gets to end
 
 log = logging.getLogger("unseen.proxy")
 
@@ -187,7 +190,7 @@ class _SessionWorker:
         self._seen: Report | None = None
         lengths = sorted({size.length for size in session.sizes if size.length > 1})
         self._length = lengths[0] if lengths else None
-        self._again, self.lost = 0.0, False
+        self._again, self.lost, self._why = 0.0, False, ""
         self._thread = threading.Thread(target=self._run, name=f"proxy-{number}", daemon=True)
 
     def start(self) -> None:
@@ -195,7 +198,7 @@ class _SessionWorker:
 
     def end(self) -> None:
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(ENDING)  # a connect that is under way cannot be cancelled, and closes its session itself
 
     def _run(self) -> None:
         while (jobs := self._all._next(self.session.batch, self._rest)) is not None:
@@ -210,9 +213,13 @@ class _SessionWorker:
                         error = Error("the proxy failed at this request", "see its log")
                     for job in jobs:
                         _fail(job, error)
-            if self.session.link.ended and not self.lost and not self._all._closed:
-                log.warning("the session has ended; connecting again")
-                self.lost = True
+                self._look()
+
+    def _look(self) -> None:
+        """Look whether the session has ended while it was used."""
+        if self.session.link.ended and not self.lost and not self._all._closed:
+            log.warning("the session has ended; connecting again")
+            self.lost = True
 
     def _work(self, jobs: Sequence[Inquiry | Text]) -> None:
         self._open()
@@ -255,7 +262,7 @@ class _SessionWorker:
             session.close()
             raise HandshakeError("the server serves another Program than before", "start this proxy again")
         log.info("connected again")
-        self.session, self._seen, self.lost = session, None, False
+        self.session, self._seen, self.lost, self._why = session, None, False, ""
         if self._all._closed:
             session.close()
 
@@ -280,12 +287,20 @@ class _SessionWorker:
             before = self.session.ready_for(self._length)
             self.session.prepare(self._length)
         except Exception as error:
-            if not self.lost and not self._all._closed:
-                log.info("a query could not be prepared: %s", type(error).__name__)
-            self._again = time.monotonic() + AGAIN
+            self._said(error)
+            self._again = time.monotonic() + (REFUSED if isinstance(error, HandshakeError) else AGAIN)
+            self._look()
         else:
             if self.session.ready_for(self._length) == before:  # the deployment has nothing to prepare
                 self._all._ahead = 0
+
+    def _said(self, error: Exception) -> None:
+        """Log why the thread's own try failed: once for each reason, as it goes on trying for as long as it takes."""
+        why = printable(str(error)).partition("\n")[0] if isinstance(error, Error) else type(error).__name__
+        if why != self._why and not self._all._closed:
+            what = "the session could not be opened" if self.lost else "a query could not be prepared"
+            log.warning("%s: %s", what, why)
+        self._why = why
 
     def _hear(self) -> None:
         """Tell of the queries that have ended since."""

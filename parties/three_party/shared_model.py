@@ -342,8 +342,9 @@ def load_share(directory: str | Path) -> PartyShare:
 
 def _fit(shapes: Mapping[str, Shape], rings: Mapping[str, Ring], programs: Iterable[Program]) -> bool:
     """Tell whether the shapes of weights are those that Programs multiply by; a Program has none of what it adds."""
-    known = {name: shape for program in programs for name, shape in program.weight_shapes.items()}
-    return shapes.keys() == rings.keys() and all(known.get(name, shape) == shape for name, shape in shapes.items())
+    return shapes.keys() == rings.keys() and all(
+        shapes.get(name, shape) == shape for program in programs for name, shape in program.weight_shapes.items()
+    )
 
 
 def _memory(manifest: Manifest, sizes: Sequence[SharedProgram], *, public: bool) -> tuple[int, int]:
