@@ -590,7 +590,7 @@ def test_a_session_that_has_ended_is_opened_again(embedder: secure.Compiled, wri
 
 
 def test_a_lost_session_is_opened_again_before_anybody_asks(
-    embedder: secure.Compiled, monkeypatch: pytest.MonkeyPatch
+    embedder: secure.Compiled, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever heeds a probe that says no does not ask."""
     monkeypatch.setattr("parties.proxy.workers.AGAIN", 0.05)
@@ -610,6 +610,7 @@ def test_a_lost_session_is_opened_again_before_anybody_asks(
         said(served.ask("/v1/embeddings", {"input": TEXTS[0]}), 502, "the server is gone")
         assert all(tried.acquire(timeout=20) for _ in range(3))
         assert served.ask("/healthz").status == 503
+        assert caplog.text.count("the session could not be opened: the server is not there yet") == 1
         back.set()
         until = time.monotonic() + 20
         while served.ask("/healthz").status != 200 and time.monotonic() < until:
