@@ -100,7 +100,7 @@ _SWAPS = (  # the steps that transpose a word as a matrix of 8 x 8 bits: (distan
 def _transpose(words: Array) -> None:
     """Exchange bit i of byte k with bit k of byte i in every word: eight elements become their eight planes, or back.
 
-    It costs less than ``_gathered`` for two planes or more.
+    It costs less than ``kernels._gathered`` for two planes or more.
     """
     (d0, m0), (d1, m1), (d2, m2) = _SWAPS
     for j in range(words.size):

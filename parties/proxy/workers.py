@@ -291,6 +291,7 @@ class _SessionWorker:
             self._again = time.monotonic() + (REFUSED if isinstance(error, HandshakeError) else AGAIN)
             self._look()
         else:
+            self._why = ""
             if self.session.ready_for(self._length) == before:  # the deployment has nothing to prepare
                 self._all._ahead = 0
 
