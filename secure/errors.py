@@ -32,6 +32,7 @@ __all__ = [
     "InvalidProgram",
     "MissingPackage",
     "ModelNotFound",
+    "NotDealt",
     "OtherVersion",
     "OutOfRange",
     "PartiesDisagree",
@@ -188,6 +189,12 @@ class QueryError(Error):
     """A query cannot run: it is not prepared, its number was used before, or the session is closed."""
 
     code = "query"
+
+
+class NotDealt(QueryError):
+    """Whoever dealt a query keeps no half of it: it was taken before, was never dealt, or is lost."""
+
+    code = "not-dealt"
 
 
 class ProtocolError(Error):

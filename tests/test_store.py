@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -147,6 +148,24 @@ def test_a_sweep(store: Store) -> None:
     store.put(LABELS[0], fresh(), b"")
     assert store.sweep(before=1.0) == 0
     assert store.sweep(before=2.0**40) == 1
+
+
+def test_a_sweep_reads_the_clock_of_put(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a store on a disk whose clock is another one would lose each entry at once."""
+    store.put(LABELS[0], fresh(), b"")
+    later = time.time() + 400 * 86400.0
+    monkeypatch.setattr(time, "time", lambda: later)
+    store.put(LABELS[0], kept := fresh(), b"")
+    assert store.sweep(before=later - 86400.0) == 1
+    assert whole(store.take(LABELS[0])) == (kept, b"", b"")
+
+
+def test_the_oldest_comes_first_after_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(database_store(tmp_path)) as store:
+        store.put(LABELS[0], first := fresh(), b"")
+        monkeypatch.setattr(time, "time", lambda: 1000.0)
+        store.put(LABELS[0], second := fresh(), b"")
+        assert [taken.entry for taken in iter(lambda: store.take(LABELS[0]), None)] == [first, second]
 
 
 def test_many_threads_take_each_entry_once(store: Store) -> None:

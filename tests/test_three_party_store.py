@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import secure
+
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
@@ -209,3 +211,18 @@ def test_numbers_are_burnt_at_party_2(shares: Path, directory: Path, tmp_path: P
         with three.dial() as session, pytest.raises(Error, match=r"no such query was dealt|looked up before"):
             session.embed([TEXT])
         assert torch.is_tensor(expected(directory, TEXT))
+
+
+def test_party_2_lost_its_halves_and_one_query_fails(
+    shares: Path, directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Party 2 takes seeds for too old once its clock was set: party 0 drops its halves at the first query."""
+    with running(shares, stores=on_disk(tmp_path), most=room(shares, 3)) as three:
+        wait_until(lambda: level(three) == 3, "it is full")
+        three.parties[0].service._filler.close()  # type: ignore[attr-defined]
+        assert three.parties[2].service._store.sweep(before=2.0**40) >= 3  # type: ignore[attr-defined]
+        with three.dial() as session, pytest.raises(secure.NotDealt, match="no such query was dealt"):
+            session.embed([TEXT])
+        wait_until(lambda: "dropped 2 queries" in caplog.text, "it says so")
+        assert level(three) == 0
+        ask(three, directory)

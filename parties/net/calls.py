@@ -16,6 +16,7 @@ from secure.errors import (
     ChangedOnTheWay,
     Error,
     GoingAway,
+    NotDealt,
     OtherVersion,
     PeerLost,
     QuotaError,
@@ -73,7 +74,7 @@ _NOT_ALLOWED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENI
 
 CODE = "unseen-code"  # the key under which a refusal says which error it is
 AFTER = "unseen-after"  # and after how many seconds asking again may help
-_NAMED = tuple(kind.code for kind in (QuotaError, TokenError, Busy, GoingAway, ChangedOnTheWay, OtherVersion))
+_NAMED = tuple(kind.code for kind in (QuotaError, TokenError, Busy, GoingAway, ChangedOnTheWay, OtherVersion, NotDealt))
 _FULL = "Concurrent RPC limit exceeded"  # what gRPC says where all threads of a service are taken
 
 

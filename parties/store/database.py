@@ -49,7 +49,9 @@ class DatabaseStore:
                         "CREATE TABLE IF NOT EXISTS entries (made REAL NOT NULL, label TEXT NOT NULL,"
                         " entry BLOB NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY (label, entry))"
                     )
-                    self._base.execute("CREATE INDEX IF NOT EXISTS by_age ON entries (label, made)")
+                    self._base.execute("DROP INDEX IF EXISTS by_age")  # of earlier versions
+                    self._base.execute("CREATE INDEX IF NOT EXISTS by_label ON entries (label)")  # and by rowid
+                    self._base.execute("CREATE INDEX IF NOT EXISTS by_time ON entries (made)")
                 self.name = self._named()
         except (OSError, sqlite3.Error) as error:
             raise InvalidInput(f"the store {file} cannot be used: {error}", "give another --store") from None
@@ -95,8 +97,11 @@ class DatabaseStore:
         return None
 
     def _burnt(self, label: str, entry: bytes | None) -> tuple[bytes, bytes] | None:
-        """Remove an entry, and return it once that is on the disk. Raises StoreError."""
-        which, names = ("ORDER BY made LIMIT 1", (label,)) if entry is None else ("AND entry = ?", (label, entry))
+        """Remove an entry, and return it once that is on the disk. Raises StoreError.
+
+        Rows have numbers that rise, so that the oldest is found whatever clocks did in between.
+        """
+        which, names = ("ORDER BY rowid LIMIT 1", (label,)) if entry is None else ("AND entry = ?", (label, entry))
         try:
             with self._lock, self._transaction():
                 found = self._base.execute(

@@ -45,7 +45,7 @@ from protocols.prg import SEED_BYTES
 from protocols.three_party.endpoints import Coins
 from secure.cost.traffic import OFFLINE
 from secure.deployments.three_party import CLIENT, PARTIES
-from secure.errors import Error, HandshakeError, PeerLost, ProtocolError, QueryError, StoreError
+from secure.errors import Error, HandshakeError, NotDealt, PeerLost, ProtocolError, QueryError, StoreError
 from secure.mpc.program import Program
 
 _, PEER, PARTY_2 = PARTIES
@@ -298,6 +298,18 @@ class Party0Service(PartyService):
         self._filler.wake()
         return None if taken is None else StoredSupply(size.circuit.circuit, taken)
 
+    def not_dealt(self, size: SharedProgram) -> None:
+        """Drop what the store has for a Program: party 2 has lost the other half of one, as if its clock was set.
+
+        Else as many queries would fail as the store has. Nothing that a client sends has this done: it draws no number.
+        """
+        label = self._labels.get(size.program.digest)
+        if self._store is None or label is None:
+            return
+        with suppress(StoreError):
+            dropped = self._store.sweep(drop=[label])
+            self.log.warning("party 2 has lost its halves of what the store keeps: dropped %d queries", dropped)
+
 
 @dataclass(frozen=True, repr=False)
 class _ComingQuery:
@@ -321,6 +333,7 @@ class _Computation:
     ) -> None:
         self._service, self._requests = service, requests
         self._asked: Asked | None = None
+        self._stored = False  # whether its corrections come from the store
         self._progress = Progress()
         self.watch = Watchdog(service.deadline, context.cancel)
 
@@ -344,6 +357,8 @@ class _Computation:
             yield from self._run(hello)
         except Error as error:
             log.warning("a query ended: %s", str(error).splitlines()[0])
+            if isinstance(error, NotDealt) and self._asked is not None and self._stored:
+                self._service.not_dealt(self._asked.size)
             self._fail(error)
             yield pb.PeerMessage(failure=failure(error))
         except Exception as error:
@@ -381,6 +396,7 @@ class _Computation:
 
     def _answered(self, asked: Asked, key: PairKey) -> Generator[pb.PeerMessage, None, pb.Answer]:
         service, supply = self._service, self._service.take(asked)
+        self._stored = isinstance(supply, StoredSupply)
         seed = supply.seed()  # once it is here, party 2 knows the supply's number, so party 1 may use it
         yield pb.PeerMessage(welcome=pb.PeerWelcome(supply=supply.number))
         rounds = Rounds.of(service.share, asked.size, key, supply.number)

@@ -35,7 +35,7 @@ from protocols.circuit import deal
 from protocols.prg import SEED_BYTES, Key, derive_key, fresh_seed
 from secure.cost.traffic import OFFLINE, ONLINE
 from secure.deployments.three_party import CLIENT, PARTIES
-from secure.errors import Error, HandshakeError, ProtocolError, QueryError
+from secure.errors import Error, HandshakeError, NotDealt, ProtocolError, QueryError
 from secure.mpc.program import Program
 
 MAXIMUM_SEEDS = MOST_ENTRIES + 1024  # seeds of party 1 that wait for it: those of party 0's store, and of its memory
@@ -180,7 +180,7 @@ class Party2Service(PartyService):
             asked, start = self.join(request.session), time.perf_counter()
             try:
                 if seeds is None:
-                    raise QueryError("no such query was dealt, or its rows were looked up before", "ask again")
+                    raise NotDealt("no such query was dealt, or its rows were looked up before", "ask again")
                 zero, one, about = (seeds.head[at : at + SEED_BYTES] for at in range(0, 3 * SEED_BYTES, SEED_BYTES))
                 if not hmac.compare_digest(about, asked.wanted.about()):
                     raise QueryError("the client wants another query of party 2 than of party 0", "ask again")
@@ -207,7 +207,7 @@ class Party2Service(PartyService):
             number, wanted, key = self._check(request, 1, "seed")
             found = self._store.take(self._seeds, number)
             if found is None:
-                raise QueryError("no such query was dealt, or its seed was given before", "ask again")
+                raise NotDealt("no such query was dealt, or its seed was given before", "ask again")
             seed, about = found.head[:SEED_BYTES], found.head[SEED_BYTES:]
             if not hmac.compare_digest(about, wanted.about(request.history)):
                 raise QueryError("party 1 wants another query than was dealt, or reads other rows", "ask again")
