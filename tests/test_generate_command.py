@@ -121,6 +121,7 @@ def test_mistakes_by_services(run: Run, served: list[str]) -> None:
         assert ended.code == 1
         assert "is for the task 'generate'" in ended.err
         assert "hint: unseen generate" in ended.err
+        assert "the server sees" not in ended.err  # as a line before it
 
 
 # without services

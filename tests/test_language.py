@@ -449,6 +449,18 @@ def test_an_original_that_writes_no_text_is_refused(
     assert "writes text, and" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--length", "--fraction-bits"])
+def test_options_of_the_protocol_mean_nothing_without_it(
+    option: str, original: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["unseen", "accuracy", str(original), "--original", str(original), "--protocol", "0", option, "16"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as ended:
+        cli.app_main()
+    assert ended.value.code == 1
+    assert f"{option} means nothing with --protocol 0" in capsys.readouterr().err
+
+
 def test_powers_of_layers_are_kept_by_training(original: Path, tmp_path: Path) -> None:
     settings = Settings(steps=4, batch=4)
     found = distil(original, [], Recipe(power=(2,)), settings, tmp_path / "out", samples=8)

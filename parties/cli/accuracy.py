@@ -44,8 +44,12 @@ def accuracy(
         Path | None,
         typer.Option(help="Sentences or texts, one a line; by default 8 of ours, or what the original writes."),
     ] = None,
-    length: Annotated[int, typer.Option(min=3, help="Padded length in tokens; public.")] = LENGTH,
-    fraction_bits: Annotated[int, typer.Option(help="Fraction bits of activations.")] = FixedPoint().fraction_bits,
+    length: Annotated[
+        int | None, typer.Option(min=3, help="Padded length in tokens; public.", show_default=str(LENGTH))
+    ] = None,
+    fraction_bits: Annotated[
+        int | None, typer.Option(help="Fraction bits of activations.", show_default=str(FixedPoint().fraction_bits))
+    ] = None,
     protocol: Annotated[
         int,
         typer.Option(min=0, help="How many of them to ask under the protocol as well; of a language model, tokens."),
@@ -58,7 +62,9 @@ def accuracy(
     checked_output(output, form.value)
     use_threads(threads)
     given = read_texts(texts, "--texts", "sentence") if texts else []
-    fixed = FixedPoint(fraction_bits=fraction_bits)
+    protocols = {"--length": length, "--fraction-bits": fraction_bits}
+    length = LENGTH if length is None else length
+    fixed = FixedPoint() if fraction_bits is None else FixedPoint(fraction_bits=fraction_bits)
     both = model_directory(model), model_directory(original)
     found: Fidelity | TextFidelity
     if task_named(str(both[0])) == GENERATE:
@@ -66,10 +72,13 @@ def accuracy(
             raise InvalidInput(
                 f"{model} writes text, and {original} does not", "--original is the model it was made of"
             )
+        for name, value in protocols.items() if not protocol else ():
+            if value is not None:
+                raise InvalidInput(f"{name} means nothing with --protocol 0", "leave it out, or --protocol")
         found = measured_texts(*both, given, protocol, fixed, length)
     else:
         found = measured(*both, given or list(HELD_OUT), length, protocol, fixed)
-    about = {"length": length, "fraction_bits": fraction_bits}
+    about = {"length": length, "fraction_bits": fixed.fraction_bits}
     document = numbered(asdict(found) | {"model": Path(model).name, "original": Path(original).name} | about)
     if form.value == "table":
         show(found)

@@ -283,12 +283,13 @@ def _texts(
         told(0, 0, "connecting")
         session = stack.enter_context(connect(told))
         stack.enter_context(asking.receipted(session))
+        answers = session.run(task, inputs)  # a model that is for another task is refused here
         _say_lengths(verb, lengths_of(session))
         _say_prompts(question, session.prompts)
         found, taken = list[Any](), list[Report]()
         try:
             told(0, len(given), "asking")
-            for answer in session.run(task, inputs):
+            for answer in answers:
                 report = session.report
                 assert report is not None  # the text has an answer
                 if measured and (not taken or taken[-1] is not report):
