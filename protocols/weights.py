@@ -8,15 +8,17 @@ bits an element as the widest product that the model's Program takes.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
 from protocols import ring
+from protocols.flow import Circuit
 from protocols.matmul import Matrix
 from protocols.narrow import widened
 from protocols.prg import Key
-from protocols.protocol import Weights
+from protocols.protocol import Weights, count
 
 
 class _Held(Weights):
@@ -44,8 +46,15 @@ class _Held(Weights):
                 self._packed[key] = found
         return found
 
-    def pack(self, name: str, ring_bits: int, rows: int) -> None:
-        """Make a weight ready for products of so many rows, so that a process that forks shares it; no diagonal is."""
+    def get_ready(self, circuit: Circuit) -> None:
+        """Make weights ready for a circuit's products, so that no query does, and processes that fork share them."""
+        for instruction in circuit:
+            use, shape = instruction.protocol.weight_use, instruction.protocol.out.shape
+            if use is not None and use.multiplied:
+                self._pack(use.name, use.ring, count(shape[:-1]))
+
+    def _pack(self, name: str, ring_bits: int, rows: int) -> None:
+        """Make a weight ready for products of so many rows; no diagonal is packed."""
         if self._tensors[name].dim() > 1:
             self.packed(name, ring_bits).pack(rows)
 
@@ -79,6 +88,7 @@ class DealerWeights(_Held):
 
     def __init__(self, key: Key, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._expanded: dict[str, Tensor] = {}
+        self._expanding = threading.Lock()
         super().__init__(self._expanded)
         self._key, self._shapes = key, dict(shapes)
 
@@ -91,6 +101,7 @@ class DealerWeights(_Held):
             raise ValueError(f"the weight {wrong[0]!r} has the shape {shapes[wrong[0]]}, not {self._shapes[wrong[0]]}")
         other = DealerWeights(self._key, shapes)
         other._tensors = other._expanded = self._expanded
+        other._expanding = self._expanding
         other._packed = self._packed
         return other
 
@@ -103,6 +114,16 @@ class DealerWeights(_Held):
         return self._key.stream(number).words(self._shapes[name])
 
     def multiply(self, x: Tensor, name: str, ring_bits: int, *, diagonal: bool) -> Tensor:
-        if name not in self._expanded:
-            self._expanded[name] = self.mask(name)
+        self._expand(name)
         return super().multiply(x, name, ring_bits, diagonal=diagonal)
+
+    def _pack(self, name: str, ring_bits: int, rows: int) -> None:
+        self._expand(name)
+        super()._pack(name, ring_bits, rows)
+
+    def _expand(self, name: str) -> None:
+        """Expand the mask of a weight, unless it is; a second thread waits for one that is being expanded."""
+        if name not in self._expanded:
+            with self._expanding:
+                if name not in self._expanded:
+                    self._expanded[name] = self.mask(name)

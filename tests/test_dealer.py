@@ -24,6 +24,7 @@ from parties.net.network import Plaintext
 from parties.net.summed import SummedChannel
 from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import DealerServicer, DealerStub, ModelStub
+from parties.services import dealing as dealing_module
 from parties.services import hosting
 from parties.two_party import client as client_module
 from parties.two_party import dealer as dealer_module
@@ -127,6 +128,28 @@ def test_a_fake_dealer_gets_nothing(
         assert "did not prove that it could open" in caplog.text
     else:
         assert asked == {"DealerKeyRequest", "RenewRequest"}
+
+
+def test_masks_are_expanded_before_anybody_asks(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that queries multiply by, and of weights alone: the first client does not wait for it."""
+    with dealing() as dealer, serving(model, dealer.address):
+        (registered,) = dealer.service._models.values()
+        expanded = registered.dealt.weights._expanded
+        shapes = registered.program.weight_shapes
+        wait_until(lambda: expanded.keys() == shapes.keys(), "they are there")
+        assert {name: tuple(mask.shape) for name, mask in expanded.items()} == shapes
+    monkeypatch.setattr(dealing_module, "memory_budget", lambda _: 0)  # of a machine with no room
+    with dealing() as dealer, serving(model, dealer.address) as server:
+        (registered,) = dealer.service._models.values()
+        wait_until(lambda: not masks_are_expanded(), "it was found out")
+        assert not registered.dealt.weights._expanded
+        with dial(server, dealer) as session:
+            session.embed([TEXT])
+        assert registered.dealt.weights._expanded.keys() == shapes.keys()
+
+
+def masks_are_expanded() -> bool:
+    return any(thread.name == "unseen-masks" for thread in threading.enumerate())
 
 
 def test_describe_sends_nothing_to_the_dealer(model: Ready) -> None:

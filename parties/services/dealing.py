@@ -6,12 +6,15 @@ their burning stay with the dealer's service.
 
 from __future__ import annotations
 
+import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from parties.limits.memory import memory_budget
 from protocols.circuit import Dealt, deal, deal_together
 from protocols.prg import Key
 from protocols.two_party import KeptRows
@@ -35,6 +38,11 @@ class DealtModel:
         """
         shapes = program.weight_shapes
         return cls(program, mask, beside.weights.beside(shapes) if beside else DealerWeights(mask, shapes))
+
+    @property
+    def mask_bytes(self) -> int:
+        """The bytes of the masks of all weights, expanded."""
+        return 8 * sum(map(math.prod, self.program.weight_shapes.values()))
 
     def corrections(self, server: Key, client: Key) -> Iterator[memoryview]:
         """Yield the corrections of the query of these keys, see ``protocols.circuit.deal``."""
@@ -95,6 +103,9 @@ class Dealing(ABC):
         server, client: the keys of both parties in this query, which no other query has.
         """
 
+    def expect(self, model: DealtModel) -> None:  # noqa: B027 - not every place has something to prepare
+        """Prepare for the first query of a model, which was just registered, and return at once."""
+
     def about(self) -> tuple[str, ...]:
         """Return lines for a person about where it computes."""
         return ()
@@ -104,7 +115,18 @@ class Dealing(ABC):
 
 
 class DealingHere(Dealing):
-    """Dealing in this process, in the thread of whoever asks."""
+    """Dealing in this process, in the thread of whoever asks. Masks of weights are expanded before anybody does."""
+
+    def __init__(self) -> None:
+        self._expanding = threading.Lock()  # one model at a time
+
+    def expect(self, model: DealtModel) -> None:
+        threading.Thread(target=self._get_ready, args=(model,), name="unseen-masks", daemon=True).start()
+
+    def _get_ready(self, model: DealtModel) -> None:
+        with self._expanding:
+            if model.mask_bytes < memory_budget(None):  # else the first query finds out whether there is room
+                model.weights.get_ready(model.program.circuit)
 
     def corrections(self, model: DealtModel, server: Key, client: Key) -> Iterator[bytes | memoryview]:
         return model.corrections(server, client)

@@ -230,6 +230,7 @@ class DealerService(DealerServicer):
                 known = self._models.setdefault(key, _RegisteredModel(program, name, dealt, seed, seat))
             if known.seat is not seat:  # it was registered in between
                 self.models.give_back(seat)
+            self._dealing.expect(known.dealt)
             log.info("registered program %s with weights %s", digest[:12], name[:12])
         store = self.entries.name
         return pb.RegisterReply(

@@ -47,7 +47,6 @@ from parties.two_party.prescribed import prescribed
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
 from parties.two_party.stocked import Stocked, memory_of, spooled_of
-from protocols.protocol import count
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
@@ -91,10 +90,7 @@ class TwoPartyHosted:
         """Return the weights, packed for the Programs' products, and the masked weights."""
         made = _made(held, options)
         for model in made.models:
-            for instruction in model.program.circuit:
-                use, shape = instruction.protocol.weight_use, instruction.protocol.out.shape
-                if use is not None and use.multiplied:
-                    model.weights.pack(use.name, use.ring, count(shape[:-1]))
+            model.weights.get_ready(model.program.circuit)
         return made
 
     def owner(self, compiling: Sequence[str], directory: Path) -> Sequence[str]:
