@@ -20,6 +20,7 @@ import secure
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import share_model
 from protocols.two_party import Keep, Open
+from secure.cost.passes import asked
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput, InvalidProgram, ModelNotFound, OutOfRange
 from secure.models.decoder import at_temperature, prompt_inputs, step_inputs
@@ -60,6 +61,12 @@ def expected(prompt: list[int], count: int) -> list[int]:
 def program(length: int) -> Program:
     found: Program = next(s.program for s in compiled().sizes if s.program.labels["length"] == str(length))
     return found
+
+
+def test_a_query_is_named_by_what_it_is() -> None:
+    """In profiles: a token is no query of its own to whoever writes text."""
+    named = {asked(size.program) for size in compiled().sizes}
+    assert named == {f"a prompt of {PROMPT} tokens", "a token", f"a pass over {LENGTH} tokens"}
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from protocols.two_party import Input
 from protocols.wire import Wire
 from secure.cost.count import module, profile
 from secure.cost.runnable import Deployed
-from secure.cost.traffic import links
+from secure.cost.traffic import in_units, links
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
 from secure.mpc.network import NETWORKS, NetworkSpeed
 
@@ -196,6 +196,14 @@ def test_the_command_names_a_missing_model() -> None:
     result = CliRunner().invoke(app(), ["profile", "/nowhere"])
     assert result.exit_code != 0
     assert "no model at '/nowhere'" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_940, "99.9 kB"), (155_300, "155 kB"), (31_949_000, "31.9 MB")],
+)
+def test_bytes_have_a_unit_in_which_they_are_not_small(size: int, said: str) -> None:
+    assert in_units(size) == said
 
 
 def test_names_of_modules_stay_whole_in_a_narrow_terminal() -> None:

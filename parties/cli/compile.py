@@ -38,7 +38,7 @@ from parties.cli.options import (
     read_texts,
 )
 from parties.served.compiled_files import check_new, save_compiled
-from secure.cost.traffic import mb
+from secure.cost.traffic import in_units
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
 from secure.deployments.self_test import Accept
@@ -110,4 +110,4 @@ def compile_model(
         save_compiled(compiled, directory)
     tell("compile", model, compiled)
     size = sum(file.stat().st_size for file in directory.iterdir())
-    say(f"unseen compile: {directory} ({mb(size)}) holds secret weights; serve it with: unseen serve {directory}")
+    say(f"unseen compile: {directory} ({in_units(size)}) holds secret weights; serve it with: unseen serve {directory}")

@@ -14,7 +14,7 @@ from parties.cli.options import DEFAULTS, dashed
 from parties.limits.memory import memory_said
 from parties.served.compiled_files import CompiledCache, load_compiled
 from secure.cost.demand import PROCESS
-from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb
+from secure.cost.traffic import OFFLINE, ONLINE, in_units, in_words
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
@@ -84,7 +84,8 @@ def _keep(verb: str, cache: CompiledCache, key: str, compiled: Compiled) -> None
         say(f"unseen {verb}: not kept: {_first(error, key)}")
         return
     if size is not None:
-        say(f"unseen {verb}: kept in {cache.directory}, {mb(size)}; all models there take {mb(cache.most)} at most")
+        most = in_units(cache.most)
+        say(f"unseen {verb}: kept in {cache.directory}, {in_units(size)}; all models there take {most} at most")
 
 
 def _first(error: BaseException, key: str) -> str:

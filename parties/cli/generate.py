@@ -16,7 +16,7 @@ from parties.cli.asking import Printing, connection_of
 from parties.cli.console import ERR, OUT, progress, say, write
 from parties.reports.who_learns import who_learns
 from secure.cost import passes
-from secure.cost.traffic import OFFLINE, ONLINE, in_words, mb, total
+from secure.cost.traffic import OFFLINE, ONLINE, in_units, in_words, total
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import Deployment
 from secure.errors import InvalidInput
@@ -168,7 +168,7 @@ def prices(
             if network
             else ""
         )
-        yield f"each token of the prompt and behind it: {cost.rounds} rounds, {_size(online)} online{away}"
+        yield f"each token of the prompt and behind it: {cost.rounds} rounds, {in_units(online)} online{away}"
         yield "the answers are the scores of all tokens, from which this client chooses"
         return
     assert isinstance(deployment, CircuitDeployment)  # no other writes text
@@ -182,7 +182,7 @@ def prices(
         cost, running = deployment.price(program), deployment.deployed(program).cost
         online, dealt = (total(cost.traffic, phase=phase) for phase in (ONLINE, OFFLINE))
         seconds = f", {network.seconds(running):.2f} s of waiting on {network.name}" if network else ""
-        yield f"{what}: {cost.rounds} rounds, {_size(online)} online, {_size(dealt)} dealt before{seconds}"
+        yield f"{what}: {cost.rounds} rounds, {in_units(online)} online, {in_units(dealt)} dealt before{seconds}"
         if length := passes.length_of(program):
             waiting = {f"waiting on {network.name}": network.seconds(running)} if network else {}
             yield from passes.in_words(length, cost.rounds, online, waiting)
@@ -190,10 +190,6 @@ def prices(
     if len(sizes.prompts) > 1:
         lengths = ", ".join(str(size.length) for size in sizes.prompts)
         yield f"the servers see to which length the prompt is padded: {lengths} tokens"
-
-
-def _size(count: int) -> str:
-    return mb(count) if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def summary(writing: Generation, taken: Sequence[Report], seconds: float, first: float) -> Iterator[str]:

@@ -62,7 +62,7 @@ from parties.services import hosting
 from parties.services.draining import DRAIN
 from parties.telemetry.telemetry import check_telemetry
 from parties.three_party.shared_model import share_model as write_shares
-from secure.cost.traffic import mb
+from secure.cost.traffic import in_units
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
 from secure.deployments.self_test import Accept
@@ -131,7 +131,7 @@ def share_model(
         written = write_shares(compiled, output)
     for where in written:
         size = sum(file.stat().st_size for file in where.iterdir())
-        say(f"unseen share-model: {where} ({mb(size)}): for {where.name} alone, it holds secrets")
+        say(f"unseen share-model: {where} ({in_units(size)}): for {where.name} alone, it holds secrets")
 
 
 def addresses_of(

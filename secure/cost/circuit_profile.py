@@ -16,7 +16,7 @@ from secure.cost.projection import Projection, Transport, project
 from secure.cost.report import ProfileReport, ReportTable
 from secure.cost.runnable import Deployed
 from secure.cost.timeline import Timeline, Usage
-from secure.cost.traffic import ONLINE, Cost, in_words, links, mb, traffic_json
+from secure.cost.traffic import ONLINE, Cost, in_units, in_words, links, traffic_json
 from secure.mpc.network import NetworkSpeed
 from secure.mpc.program import Program
 
@@ -71,9 +71,10 @@ def circuit_profile(
         "networks": rows,
     }
     tables = [_table("by module", by_module, running), _table("by protocol", by_kind, running)]
-    lines = [*_lines(found, cost, running), *remarks]
+    what = passes.asked(program)
+    lines = [*_lines(what, found, cost, running), *remarks]
     if rows:
-        tables.append(_projection_table(rows, running))
+        tables.append(_projection_table(what, rows, running))
     else:
         lines += [f"waiting for the network, without computation: {s:6.2f} s on {name}" for name, s in waiting.items()]
     if length := passes.length_of(program):
@@ -114,11 +115,10 @@ def embedding_price(program: Program) -> str:
     one_hot = {spec.name for spec in program.client_inputs if spec.encoding == "one-hot"}
     if one_hot:
         size = sum(c.protocol.cost().to_first for c in program.circuit if {read.get(i) for i in c.inputs} & one_hot)
-        return (
-            f"embedding one-hot: {mb(size)} of a query's bytes, and shows nothing (client-table: none, but the table)"
-        )
+        taken = in_units(size)
+        return f"embedding one-hot: {taken} of a query's bytes, and shows nothing (client-table: none, but the table)"
     rows = sum(spec.size * spec.shape[-1] for spec in program.client_inputs if spec.encoding == "client-table")
-    shown = f"embedding client-table: no bytes a query, but shows clients the token table ({mb(4 * rows)}, once)"
+    shown = f"embedding client-table: no bytes a query, but shows clients the token table ({in_units(4 * rows)}, once)"
     return shown if rows else ""
 
 
@@ -155,13 +155,13 @@ def _usage(usage: Usage) -> dict[str, float]:
 # for people
 
 
-def _lines(found: Profile, cost: Cost, running: Deployed) -> list[str]:
-    lines = [f"a query: {cost.rounds} rounds (merged), {in_words(cost.traffic, 'online')}"]
+def _lines(what: str, found: Profile, cost: Cost, running: Deployed) -> list[str]:
+    lines = [f"{what}: {cost.rounds} rounds (merged), {in_words(cost.traffic, 'online')}"]
     lines.append(f"offline: {in_words(cost.traffic, 'offline') or 'nothing'}")
     for party, memory in zip(running.names, found.memory, strict=True):
         lines.append(
-            f"memory of {party}, beside the weights: {mb(memory.live)} of shares at once, "
-            f"{mb(memory.correlations)} of correlations for each prepared query"
+            f"memory of {party}, beside the weights: {in_units(memory.live)} of shares at once, "
+            f"{in_units(memory.correlations)} of correlations for each prepared query"
         )
     return lines
 
@@ -172,7 +172,7 @@ def _table(title: str, found: Groups, running: Deployed) -> ReportTable:
     rows = [
         (
             *(name, str(cost.rounds)),
-            *(mb(size) for size in (cost.to_first + cost.brought, cost.to_second, cost.dealt)),
+            *(in_units(size) for size in (cost.to_first + cost.brought, cost.to_second, cost.dealt)),
             *(f"{products / 1e6:.0f}", str(comparisons)),
         )
         for name, (cost, products, comparisons) in dearest
@@ -182,12 +182,12 @@ def _table(title: str, found: Groups, running: Deployed) -> ReportTable:
     return ReportTable(title, ("", "rounds, unmerged", *directions, "offline", "MMAC", "comparisons"), tuple(rows))
 
 
-def _projection_table(networks: Sequence[Mapping[str, Any]], running: Deployed) -> ReportTable:
+def _projection_table(what: str, networks: Sequence[Mapping[str, Any]], running: Deployed) -> ReportTable:
     first, second = running.names
     rows = []
     for row in networks:
         used = row["parties"][second]
         figures = (row["seconds"], used["compute"], used["wire"], used["waiting"], row["parties"][first]["compute"])
         rows.append((str(row["name"]), *(f"{value:.2f}" for value in figures)))
-    title = f"a query, projected from this machine's kernels ({second}'s seconds)"
+    title = f"{what}, projected from this machine's kernels ({second}'s seconds)"
     return ReportTable(title, ("", "seconds", "computing", "packing", "waiting", f"{first} computes"), tuple(rows))

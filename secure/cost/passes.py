@@ -19,6 +19,15 @@ def length_of(program: Program) -> int:
     return program.kept_rows if program.rows and program.kept_rows > 1 else 0
 
 
+def asked(program: Program) -> str:
+    """Name what one query of a Program is, of a model that writes text or another."""
+    if not program.keeps:
+        return "a query"
+    if not program.rows:
+        return f"a prompt of {program.kept_rows} tokens"
+    return f"a pass over {length} tokens" if (length := length_of(program)) else "a token"
+
+
 def tokens_of(length: int, agreement: float) -> float:
     """Return the tokens that a pass over ``length`` tokens gives in the mean, if so large a part of guesses agrees."""
     return float(sum(agreement**at for at in range(length)))

@@ -12,9 +12,11 @@ ONCE, OFFLINE, ONLINE = PHASES = ("once", "offline", "online")
 """The phases: once per model or session; once per query before its input is known; once per query with its input."""
 
 
-def mb(size: int) -> str:
-    """Write a number of bytes in megabytes."""
-    return f"{size / 1e6:.1f} MB"
+def in_units(size: int) -> str:
+    """Write a number of bytes with a unit in which it is not small: ``640 B``, ``7.2 kB``, ``199 kB``, ``31.9 MB``."""
+    if size < 1000:
+        return f"{size} B"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.{int(size < 1e5)}f} kB"
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ def in_words(traffic: Iterable[Traffic], phase: str) -> str:
     for t in traffic:
         if t.phase == phase and t.bytes:
             found[t.sender, t.receiver] = found.get((t.sender, t.receiver), 0) + t.bytes
-    sizes = {link: mb(size) if size >= 50_000 else f"{size / 1e3:.1f} kB" for link, size in found.items()}
-    return ", ".join(f"{size} from {sender} to {receiver}" for (sender, receiver), size in sizes.items())
+    return ", ".join(f"{in_units(size)} from {sender} to {receiver}" for (sender, receiver), size in found.items())
 
 
 def links(cost: CircuitCost, first: str, second: str, dealer: str) -> tuple[Traffic, ...]:
