@@ -482,9 +482,9 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert found.layers == {path: form.found for path, form in forms(whole)}
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="other settings: steps 12, not 13\nhint: give the same"):
         trainer(polynomial_encoder(), tmp_path / "run", steps=13)
-    with pytest.raises(ValueError, match="other recipe"):
+    with pytest.raises(ValueError, match="other recipe: power 2, not 4\nhint"):
         trainer(polynomial_encoder(), tmp_path / "run", recipe=Recipe(power=4, eps=0.2))
     assert trainer(polynomial_encoder(), tmp_path / "run").step == 12
 

@@ -66,8 +66,8 @@ def distil(
     if len(data) - kept < settings.batch:
         what = "rows" if task else "sentences"
         raise InvalidInput(
-            f"{len(data)} {what}, {kept} of them to check on, are fewer than a batch of {settings.batch}\n"
-            "hint: give more text" + (", or more samples" if task else "")
+            f"{len(data)} {what}, {kept} of them to check on, are fewer than a batch of {settings.batch}",
+            f"give more text{', more samples' if task else ''} or a smaller batch",
         )
     lesson.teacher.requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -99,7 +99,7 @@ def row_length(model: nn.Module, length: int = 0) -> int:
     """
     most = most_positions(model) or max(length, LENGTH)
     if length > most:
-        raise InvalidInput(f"rows of {length} tokens", f"the model has {most} places")
+        raise InvalidInput(f"the model takes no rows of {length} tokens: it has {most} places", "give fewer")
     return length or min(LENGTH, most)
 
 

@@ -332,7 +332,8 @@ class Trainer:
         for what, (ours, theirs) in wanted.items():
             if theirs != ours:
                 raise InvalidInput(
-                    f"{path} is a run with other {what}: {theirs}\nhint: give the same to go on, or another directory"
+                    f"{path} is a run with other {what}: {_apart(theirs, ours)}",
+                    "give the same to go on, or another directory",
                 )
         try:
             values, states = read_state(path, self.parameters)
@@ -348,6 +349,14 @@ class Trainer:
         for path_, form in forms(self.student):
             form.found = dict(recipe.layers.get(path_, {}))
         self.step, self.history = step, history
+
+
+def _apart(theirs: Any, ours: Any) -> str:
+    """Say in which fields two documents differ."""
+    if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
+        return f"{theirs!r:.80}, not {ours!r:.80}"
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    return ", ".join(f"{name} {theirs.get(name)!r:.80}, not {ours.get(name)!r:.80}" for name in names)
 
 
 def _in_order(model: nn.Module, run: Callable[[], None]) -> list[Form]:
