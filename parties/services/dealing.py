@@ -32,8 +32,9 @@ class DealtModel:
 
     @classmethod
     def of(cls, program: Program, mask: Key, beside: DealtModel | None = None) -> DealtModel:
-        """Make a model whose mask is expanded when it is first used, or by ``get_ready``. beside: another Program of the same mask.
+        """Make a model whose mask is expanded when it is first used, or by ``Dealing.expect``.
 
+        beside: another Program of the same mask.
         Raises ValueError if the two have weights of one name and different shapes.
         """
         shapes = program.weight_shapes
