@@ -8,6 +8,7 @@ bits an element as the widest product that the model's Program takes.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -117,9 +118,13 @@ class DealerWeights(_Held):
         self._expand(name)
         return super().multiply(x, name, ring_bits, diagonal=diagonal)
 
-    def _pack(self, name: str, ring_bits: int, rows: int) -> None:
+    def expand_next(self, room: int) -> bool:
+        """Expand the next mask of those that are not expanded; False if there is none, or if it takes more bytes."""
+        name = next((name for name in self._shapes if name not in self._expanded), None)
+        if name is None or 8 * math.prod(self._shapes[name]) > room:
+            return False
         self._expand(name)
-        super()._pack(name, ring_bits, rows)
+        return True
 
     def _expand(self, name: str) -> None:
         """Expand the mask of a weight, unless it is; a second thread waits for one that is being expanded."""

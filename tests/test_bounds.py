@@ -25,6 +25,7 @@ from parties.net.caller import Caller
 from parties.proto import unseen_pb2 as pb
 from parties.served.described import ask_description
 from parties.served.files import unpack_masked
+from parties.services.dealing import DealingHere, DealtModel
 from parties.two_party.dealer import DealerService
 from protocols.circuit import deal, total_cost
 from protocols.flow import Instruction
@@ -318,6 +319,13 @@ def test_many_tables_cost_what_their_bytes_do(kind: str, fields: dict[str, Any])
         Program.from_bytes(programs.encoded(programs.document(opening, [kind, fields, [1], 0])))
 
 
+class Waiting(DealingHere):
+    """It expands nothing before a query needs it."""
+
+    def expect(self, model: DealtModel) -> None:
+        pass
+
+
 def test_a_small_program_of_many_weights_is_refused_before_it_takes_anything() -> None:
     """2^28 weights in some 800 bytes, which are valid: one Deal of them took over 8.8 GB."""
     encoded = programs.large_weights(1 << 14, 1 << 14)
@@ -332,7 +340,7 @@ def test_a_small_program_of_many_weights_is_refused_before_it_takes_anything() -
     said = str(refusal.value)
     assert "may take 10.7 GB of memory (2.68e+08 elements of weights" in said
     assert "the budget is 8\nhint: if you trust who made it, raise --budget-memory" in said
-    DealerService(KEY, budget=Budget(memory=20 * GB))._register(request, who)  # nothing is expanded before a query
+    DealerService(KEY, budget=Budget(memory=20 * GB), dealing=Waiting())._register(request, who)
 
 
 def test_a_budget_of_seconds() -> None:

@@ -26,6 +26,7 @@ from parties.proto import unseen_pb2 as pb
 from parties.proto.unseen_pb2_grpc import DealerServicer, DealerStub, ModelStub
 from parties.services import dealing as dealing_module
 from parties.services import hosting
+from parties.services.dealing import DealingHere, DealtModel
 from parties.two_party import client as client_module
 from parties.two_party import dealer as dealer_module
 from parties.two_party import dealer_peer
@@ -35,7 +36,7 @@ from parties.two_party.dealer_peer import DealerPeer
 from parties.two_party.keys import close_proof, model_name, proving_key, renew_proof
 from parties.two_party.sealing import SEALED_BYTES, DealerKey, SealingKey, answer_proof, fingerprint_of, transcript
 from parties.two_party.server import InferenceService
-from protocols.prg import fresh_seed
+from protocols.prg import Key, fresh_seed
 from secure.deployments.two_party import DEALER, TwoParty
 from secure.errors import DealerError, Error, HandshakeError, InvalidInput, PeerLost, ProtocolError
 from tests.dealer_key import KEY
@@ -146,6 +147,41 @@ def test_masks_are_expanded_before_anybody_asks(model: Ready, monkeypatch: pytes
         with dial(server, dealer) as session:
             session.embed([TEXT])
         assert registered.dealt.weights._expanded.keys() == shapes.keys()
+
+
+def test_models_that_are_forgotten_are_not_expanded(model: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever registers many models, and lets them go, does not have the dealer work on."""
+    go, program = threading.Event(), model.masked.program
+    monkeypatch.setattr(dealing_module, "memory_budget", lambda _: go.wait(10) and 1 << 40)
+    here, models = DealingHere(), [DealtModel.of(program, Key(bytes([i]) * 16)) for i in range(5)]
+    first = models[0].weights._expanded
+    here.expect(models[0])
+    wait_until(lambda: not here._expected, "it begins with the first")
+    for each in models[1:]:
+        here.expect(each)
+    kept = [each.weights._expanded for each in models]
+    del models[2], each  # the third
+    go.set()
+    wait_until(lambda: not masks_are_expanded(), "it ends")
+    whole = program.weight_shapes.keys()
+    assert first.keys() == whole
+    assert [found.keys() == whole for found in kept] == [True, True, False, True, True]
+
+
+def test_the_thread_of_masks_outlives_an_error(
+    model: Ready, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(_: Any) -> int:
+        raise RuntimeError("no memory")
+
+    here, made = DealingHere(), DealtModel.of(model.masked.program, Key(bytes(16)))
+    with monkeypatch.context() as patched:
+        patched.setattr(dealing_module, "memory_budget", failing)
+        here.expect(made)
+        wait_until(lambda: not masks_are_expanded(), "it ends")
+    assert "internal error: RuntimeError: no memory" in caplog.text
+    here.expect(made)
+    wait_until(lambda: made.weights._expanded.keys() == made.program.weight_shapes.keys(), "they are there")
 
 
 def masks_are_expanded() -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ from parties.store.files import FileStore
 from parties.store.keys import StoreKey
 from parties.store.memory import MemoryStore
 from parties.store.sealed import sealed_size
+from parties.three_party import party_0 as party_0_module
+from parties.three_party import party_2 as party_2_module
 from parties.three_party.agreement import KeyOfCaller
+from parties.three_party.conversations import WantedProgram
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.shared_model import load_share
 from secure.errors import Error
+from secure.tasks.embed import Embed
 from tests.three_parties import Three, running, shared
 from tests.tiny import TEXT, expected, wait_until
 
@@ -213,16 +219,81 @@ def test_numbers_are_burnt_at_party_2(shares: Path, directory: Path, tmp_path: P
         assert torch.is_tensor(expected(directory, TEXT))
 
 
+def stocked(three: Three) -> list[Any]:
+    """What party 0 keeps in memory."""
+    return [each for stock in three.parties[0].service._stocks.values() for each in stock._kept]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def forgetful(shares: Path, where: Path, ahead: int, *, stored: bool) -> Iterator[Three]:
+    """Three parties, of which party 2 has lost its halves of all that was dealt ahead, as if its clock was set."""
+    stores = on_disk(where)
+    given = {"stores": stores, "most": room(shares, 3)} if stored else {"stores": {2: stores[2]}}
+    with running(shares, ahead=ahead, **given) as three:
+        if stored:
+            wait_until(lambda: level(three) == 3, "it is full")
+        wait_until(lambda: all(each._whole for each in stocked(three)) and len(stocked(three)) == ahead, "all came")
+        assert level(three, 2) >= ahead + 3 * stored
+        assert three.parties[2].service._store.sweep(before=2.0**40) >= ahead + 3 * stored  # type: ignore[attr-defined]
+        yield three
+
+
+@pytest.mark.parametrize(("ahead", "is_stored"), [(0, True), (1, True), (3, True), (3, False)])
 def test_party_2_lost_its_halves_and_one_query_fails(
-    shares: Path, directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ahead: int, is_stored: bool, shares: Path, directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Party 2 takes seeds for too old once its clock was set: party 0 drops its halves at the first query."""
-    with running(shares, stores=on_disk(tmp_path), most=room(shares, 3)) as three:
-        wait_until(lambda: level(three) == 3, "it is full")
-        three.parties[0].service._filler.close()  # type: ignore[attr-defined]
-        assert three.parties[2].service._store.sweep(before=2.0**40) >= 3  # type: ignore[attr-defined]
-        with three.dial() as session, pytest.raises(secure.NotDealt, match="no such query was dealt"):
-            session.embed([TEXT])
-        wait_until(lambda: "dropped 2 queries" in caplog.text, "it says so")
-        assert level(three) == 0
-        ask(three, directory)
+    with forgetful(shares, tmp_path, ahead, stored=is_stored) as three:
+        before = {path.name for path in tmp_path.rglob("*.entry")}
+        with three.dial() as session:
+            with pytest.raises(secure.NotDealt, match="no such query was dealt"):
+                session.embed([TEXT])
+            for _ in range(4):
+                session.embed([TEXT])
+        assert caplog.text.count("what was dealt ahead is dropped") == 1
+        if is_stored:
+            wait_until(lambda: level(three) == 3, "it is full again")
+            assert not before & {path.name for path in tmp_path.rglob("*.entry")}
+            three.parties[0].service._filler.close()  # type: ignore[attr-defined]
+            ask(three, directory)
+            assert level(three) == 2  # what is kept now is good
+
+
+def test_many_texts_hear_nothing_of_it(shares: Path, directory: Path, tmp_path: Path) -> None:
+    """A stream asks again, with other correlations."""
+    with forgetful(shares, tmp_path, 2, stored=True) as three, three.dial() as session:
+        answers = list(session.stream(Embed(), [TEXT, TEXT]))
+    for answer in answers:
+        assert isinstance(answer, torch.Tensor)
+        assert float((answer - expected(directory, TEXT)).abs().max()) < 0.05
+
+
+def test_party_0_drops_what_was_dealt_once_a_minute(
+    shares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever can make it believe that party 2 lost something has it drop no more than that."""
+    with running(shares, ahead=1, stores=on_disk(tmp_path), most=room(shares, 1)) as three:
+        service: Any = three.parties[0].service
+        for _ in range(3):
+            service.not_dealt()
+        assert caplog.text.count("what was dealt ahead is dropped") == 1
+        monkeypatch.setattr(party_0_module, "DROPPING", 0.0)
+        service.not_dealt()
+        assert caplog.text.count("what was dealt ahead is dropped") == 2
+
+
+def test_seeds_of_one_program_push_out_no_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shares: Path) -> None:
+    """Each Program has its own bound at party 2: what clients leave behind of one is no matter for the others."""
+    with running(shares, stores={2: on_disk(tmp_path)[2]}) as three:
+        service: Any = three.parties[2].service
+        own = service._digests()
+        store, number = service._store, bytes(16)
+        monkeypatch.setattr(service, "_digests", lambda: [*own, "another"])
+        store.put(service._label("seed", "another"), number, b"kept")
+        monkeypatch.setattr(party_2_module, "MAXIMUM_SEEDS", 1)
+        for _ in range(3):
+            with three.parties[0].service._supplying(  # type: ignore[attr-defined]
+                secrets.token_bytes(16), WantedProgram(own[0]), b""
+            ) as (parts, _):
+                list(parts)
+        assert store.level(service._label("seed", own[0])).entries == 1
+        assert service._taken("seed", number).head == b"kept"

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from secure.errors import Busy, DealerError, Error, HandshakeError, PeerLost, printable
+from secure.errors import Busy, Error, HandshakeError, PeerLost, printable
 from secure.lowering.client_inputs import GENERATE
-from secure.session.link import Report
+from secure.session.link import LOST, Report
 from secure.session.session import WINDOW, Session
 from secure.tasks.task import Task
 
@@ -240,7 +240,7 @@ class _SessionWorker:
         for attempt in range(2):
             try:
                 tokens = text.write(self.session, self._hear)
-            except (PeerLost, DealerError):
+            except LOST:
                 if attempt or text.begun:
                     raise
                 self._open()

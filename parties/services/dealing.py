@@ -6,20 +6,27 @@ their burning stay with the dealer's service.
 
 from __future__ import annotations
 
-import math
-import threading
+import logging
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock, Thread
+from weakref import ReferenceType, ref
 
 from torch import Tensor
 
 from parties.limits.memory import memory_budget
+from parties.net.calls import unexpected
 from protocols.circuit import Dealt, deal, deal_together
 from protocols.prg import Key
 from protocols.two_party import KeptRows
 from protocols.weights import DealerWeights
 from secure.mpc.program import Program
+
+log = logging.getLogger("unseen.dealer")
+
+EXPECTED = 128  # models that wait for their masks to be expanded
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +46,6 @@ class DealtModel:
         """
         shapes = program.weight_shapes
         return cls(program, mask, beside.weights.beside(shapes) if beside else DealerWeights(mask, shapes))
-
-    @property
-    def mask_bytes(self) -> int:
-        """The bytes of the masks of all weights, expanded."""
-        return 8 * sum(map(math.prod, self.program.weight_shapes.values()))
 
     def corrections(self, server: Key, client: Key) -> Iterator[memoryview]:
         """Yield the corrections of the query of these keys, see ``protocols.circuit.deal``."""
@@ -105,7 +107,7 @@ class Dealing(ABC):
         """
 
     def expect(self, model: DealtModel) -> None:  # noqa: B027 - not every place has something to prepare
-        """Prepare for the first query of a model, which was just registered, and return at once."""
+        """Prepare for the first query of a model, which was just registered, and return at once. Raises nothing."""
 
     def about(self) -> tuple[str, ...]:
         """Return lines for a person about where it computes."""
@@ -116,18 +118,39 @@ class Dealing(ABC):
 
 
 class DealingHere(Dealing):
-    """Dealing in this process, in the thread of whoever asks. Masks of weights are expanded before anybody does."""
+    """Dealing in this process, in the thread of whoever asks.
+
+    One thread expands the masks of models before anybody does, weight by weight, until one takes more than half of the
+    memory that there is to spare: what is left is expanded in the query that needs it. It leaves out models that are
+    forgotten meanwhile, and of more than EXPECTED that wait the oldest.
+    """
 
     def __init__(self) -> None:
-        self._expanding = threading.Lock()  # one model at a time
+        self._expected, self._lock, self._works = deque[ReferenceType[DealtModel]](maxlen=EXPECTED), Lock(), False
 
     def expect(self, model: DealtModel) -> None:
-        threading.Thread(target=self._get_ready, args=(model,), name="unseen-masks", daemon=True).start()
+        with self._lock:
+            self._expected.append(ref(model))
+            if self._works:
+                return
+            self._works = True
+        try:
+            Thread(target=self._expand, name="unseen-masks", daemon=True).start()
+        except RuntimeError:  # no thread is to be had
+            self._works = False
 
-    def _get_ready(self, model: DealtModel) -> None:
-        with self._expanding:
-            if model.mask_bytes < memory_budget(None):  # else the first query finds out whether there is room
-                model.weights.get_ready(model.program.circuit)
+    def _expand(self) -> None:
+        while True:
+            with self._lock:
+                if not self._expected:
+                    self._works = False
+                    return
+                expected = self._expected.popleft()
+            try:
+                while (model := expected()) is not None and model.weights.expand_next(memory_budget(None)):
+                    del model
+            except Exception as error:
+                unexpected(error, log)
 
     def corrections(self, model: DealtModel, server: Key, client: Key) -> Iterator[bytes | memoryview]:
         return model.corrections(server, client)

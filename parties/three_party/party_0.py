@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import secrets
 import threading
 import time
@@ -49,6 +50,7 @@ from secure.errors import Error, HandshakeError, NotDealt, PeerLost, ProtocolErr
 from secure.mpc.program import Program
 
 _, PEER, PARTY_2 = PARTIES
+DROPPING = 60.0  # seconds between two times that all that was dealt ahead is dropped
 
 
 class Party0Service(PartyService):
@@ -81,6 +83,7 @@ class Party0Service(PartyService):
         }
         self._alone = alone
         self._store, self._labels = store, dict[str, str]()
+        self._halves, self._dropped, self._dropped_at = b"", 0, -math.inf  # the name of party 2's store
         self._filler = Filler(store, most, logging.getLogger("unseen.party-0")) if store is not None else None
         super().__init__(share, {2: party_2}, deadline=deadline, events=events)
         self._refill()
@@ -99,9 +102,10 @@ class Party0Service(PartyService):
         """Fill the store with entries whose other halves party 2 keeps; those that another store kept are dropped."""
         if self._store is None or self._filler is None or number != 2:
             return
+        self._halves, times = store, [str(self._dropped)] if self._dropped else []
         for size in self._alone:
             digest, dealt = size.program.digest, size.circuit.cost.dealt
-            self._labels[digest] = label = label_of("supplied", self.share.manifest.model, digest, store)
+            self._labels[digest] = label = label_of("supplied", self.share.manifest.model, digest, store, *times)
             make, what = partial(self._put, self._store, label, size), f"party 2's corrections of {digest[:12]}"
             self._filler.serve(Shelf(what, label, sealed_size(SEED_BYTES, dealt), make))
 
@@ -298,17 +302,21 @@ class Party0Service(PartyService):
         self._filler.wake()
         return None if taken is None else StoredSupply(size.circuit.circuit, taken)
 
-    def not_dealt(self, size: SharedProgram) -> None:
-        """Drop what the store has for a Program: party 2 has lost the other half of one, as if its clock was set.
+    def not_dealt(self) -> None:
+        """Drop all that was dealt ahead: party 2 has lost the other half of one, as when its clock was set.
 
-        Else as many queries would fail as the store has. Nothing that a client sends has this done: it draws no number.
+        Else as many queries would fail as are kept. It is done once in DROPPING seconds: queries that run at that time
+        may fail in the same way, and whoever can make party 0 believe it has no more done than that. No client can: it
+        draws no number, and asks for none.
         """
-        label = self._labels.get(size.program.digest)
-        if self._store is None or label is None:
+        if time.monotonic() - self._dropped_at < DROPPING:
             return
-        with suppress(StoreError):
-            dropped = self._store.sweep(drop=[label])
-            self.log.warning("party 2 has lost its halves of what the store keeps: dropped %d queries", dropped)
+        self._dropped_at = time.monotonic()
+        self.log.warning("party 2 has lost its half of a query: what was dealt ahead is dropped")
+        self.lost()
+        if self._halves:
+            self._dropped += 1
+            self.met(2, self._halves)  # other labels: the filler removes entries of those before
 
 
 @dataclass(frozen=True, repr=False)
@@ -333,7 +341,6 @@ class _Computation:
     ) -> None:
         self._service, self._requests = service, requests
         self._asked: Asked | None = None
-        self._stored = False  # whether its corrections come from the store
         self._progress = Progress()
         self.watch = Watchdog(service.deadline, context.cancel)
 
@@ -357,8 +364,8 @@ class _Computation:
             yield from self._run(hello)
         except Error as error:
             log.warning("a query ended: %s", str(error).splitlines()[0])
-            if isinstance(error, NotDealt) and self._asked is not None and self._stored:
-                self._service.not_dealt(self._asked.size)
+            if isinstance(error, NotDealt):
+                self._service.not_dealt()
             self._fail(error)
             yield pb.PeerMessage(failure=failure(error))
         except Exception as error:
@@ -396,7 +403,6 @@ class _Computation:
 
     def _answered(self, asked: Asked, key: PairKey) -> Generator[pb.PeerMessage, None, pb.Answer]:
         service, supply = self._service, self._service.take(asked)
-        self._stored = isinstance(supply, StoredSupply)
         seed = supply.seed()  # once it is here, party 2 knows the supply's number, so party 1 may use it
         yield pb.PeerMessage(welcome=pb.PeerWelcome(supply=supply.number))
         rounds = Rounds.of(service.share, asked.size, key, supply.number)

@@ -19,7 +19,7 @@ from parties.net.calls import answering
 from parties.net.frames import to_chunks
 from parties.net.watchdog import Watchdog
 from parties.proto import unseen_pb2 as pb
-from parties.store.entries import Store, label_of
+from parties.store.entries import Store, Taken, label_of
 from parties.store.filler import KEPT, MOST_ENTRIES
 from parties.store.memory import MemoryStore
 from parties.telemetry.events import Events, PhaseEnded, Reading
@@ -38,7 +38,8 @@ from secure.deployments.three_party import CLIENT, PARTIES
 from secure.errors import Error, HandshakeError, NotDealt, ProtocolError, QueryError
 from secure.mpc.program import Program
 
-MAXIMUM_SEEDS = MOST_ENTRIES + 1024  # seeds of party 1 that wait for it: those of party 0's store, and of its memory
+SEEDS, LOOKING = "seed", "rows"  # seeds of party 1, until it takes them; both parties', until rows are looked up
+MAXIMUM_SEEDS = MOST_ENTRIES + 1024  # of a kind and a Program: those of party 0's store, and of its memory
 SEEDS_KEPT = KEPT + 86400.0  # seconds that they wait; party 0 keeps its own halves for less
 
 
@@ -82,9 +83,6 @@ class Party2Service(PartyService):
         self, share: PartyShare, *, deadline: float = 60.0, store: Store | None = None, events: Events | None = None
     ) -> None:
         self._store: Store = store or MemoryStore()
-        model = share.manifest.model
-        self._seeds = label_of("seed", model)  # seeds of party 1, until it takes them
-        self._looking = label_of("rows", model)  # both parties' seeds, until rows are looked up
         super().__init__(share, {}, deadline=deadline, events=events)
 
     def store_name(self) -> bytes:
@@ -92,12 +90,26 @@ class Party2Service(PartyService):
 
     def readings(self) -> Iterator[Reading]:
         yield from super().readings()
-        waiting = self._store.level(self._seeds).entries
+        waiting = sum(self._store.level(self._label(SEEDS, digest)).entries for digest in self._digests())
         yield Reading("unseen_assignable_queries", "Queries dealt ahead whose seeds are here.", waiting)
 
     def close(self) -> None:
         super().close()
         self._store.close()
+
+    def _digests(self) -> list[str]:
+        return [size.program.digest for size in self.share.sizes]
+
+    def _label(self, kind: str, program_digest: str) -> str:
+        """Return the label of what waits for queries of a Program: each has its own bound."""
+        return label_of(kind, self.share.manifest.model, program_digest)
+
+    def _taken(self, kind: str, number: bytes) -> Taken | None:
+        """Burn what waits for a query, whatever Program it was dealt for, and return it; None if nothing does."""
+        for digest in self._digests():
+            if (found := self._store.take(self._label(kind, digest), number)) is not None:
+                return found
+        return None
 
     def asked_sizes(self, size: SharedProgram) -> list[int]:
         return self.key_sizes(size)
@@ -131,10 +143,11 @@ class Party2Service(PartyService):
     ) -> Iterator[pb.SupplyPart | bytes]:
         size, zero, one = self.size(wanted), fresh_seed(), fresh_seed()
         self._store.sweep(before=time.time() - SEEDS_KEPT)
-        waiting = [(self._seeds, one + wanted.about(history))]
+        waiting = {SEEDS: one + wanted.about(history)}
         if self.key_sizes(size):
-            waiting.append((self._looking, zero + one + wanted.about()))
-        for label, kept in waiting:
+            waiting[LOOKING] = zero + one + wanted.about()
+        for kind, kept in waiting.items():
+            label = self._label(kind, wanted.program_digest)
             if self._store.level(label).entries >= MAXIMUM_SEEDS:
                 self._store.take(label)  # the oldest
             self._store.put(label, number, kept)
@@ -176,7 +189,7 @@ class Party2Service(PartyService):
                 raise HandshakeError("party 0 has another model than party 2", "give all three the shares of one run")
             key.require(request.proof, "contribute", request.supply, request.session)
             # used once: its zero shares serve one client
-            seeds = self._store.take(self._looking, number) if len(number := request.supply) == NUMBER_BYTES else None
+            seeds = self._taken(LOOKING, number) if len(number := request.supply) == NUMBER_BYTES else None
             asked, start = self.join(request.session), time.perf_counter()
             try:
                 if seeds is None:
@@ -205,7 +218,7 @@ class Party2Service(PartyService):
     def Seed(self, request: pb.SupplyRequest, context: grpc.ServicerContext) -> pb.SeedReply:
         with answering(context, self.log):
             number, wanted, key = self._check(request, 1, "seed")
-            found = self._store.take(self._seeds, number)
+            found = self._taken(SEEDS, number)
             if found is None:
                 raise NotDealt("no such query was dealt, or its seed was given before", "ask again")
             seed, about = found.head[:SEED_BYTES], found.head[SEED_BYTES:]

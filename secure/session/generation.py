@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secure.errors import DealerError, Error, InputTooLong, InvalidInput, InvalidProgram, PeerLost
+from secure.errors import Error, InputTooLong, InvalidInput, InvalidProgram
 from secure.lowering.client_inputs import MOST_ROWS
 from secure.models.chat import check_messages, rendered
 from secure.models.decoder import DRAFT_LENGTH, MOST_DRAFTED, STEPWISE, TEMPERATURE
@@ -26,7 +26,7 @@ from secure.models.detokenizer import Detokenizer, StopStrings
 from secure.models.draft import Draft, load_draft
 from secure.models.settings import WritingSettings, settings_of
 from secure.models.tokens import REFUSE, TextTokenizer, checked_text, guarded, library_errors
-from secure.session.link import Offer
+from secure.session.link import LOST, Offer
 
 STOP, LENGTH = "stop", "length"
 """The reasons why a text ends: a token or a string that ends it, or the number of tokens that was asked for."""
@@ -403,7 +403,7 @@ class Generation(Iterator[Any]):
             except StopIteration:
                 if not self._pieces:
                     raise
-            except (PeerLost, DealerError) as error:
+            except LOST as error:
                 if not self.ids:
                     raise
                 raise type(error)(f"after {len(self.ids)} tokens: {error}\n{GO_ON}") from None

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic, total, traffic_json
-from secure.errors import InvalidInput
+from secure.errors import DealerError, InvalidInput, NotDealt, PeerLost
 from secure.models.tokens import TextTokenizer
 
 MAXIMUM_LENGTHS = 8
 """Padded lengths of one model. The parties see which of them each text takes: at most three bits of it."""
+
+LOST = (PeerLost, DealerError, NotDealt)
+"""The errors after which a query is asked again on a new connection, with other correlations."""
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,10 @@ from secure.cost.timeline import Timeline
 from secure.cost.traffic import Traffic
 from secure.errors import (
     Busy,
-    DealerError,
     Error,
     InvalidInput,
     InvalidProgram,
     OutOfRange,
-    PeerLost,
     QueryError,
     about,
 )
@@ -80,7 +78,7 @@ from secure.session.generation import (
     wanted,
     writing,
 )
-from secure.session.link import Ahead, Link, Offer, Report, only
+from secure.session.link import LOST, Ahead, Link, Offer, Report, only
 from secure.session.links import Links
 from secure.session.queries import planned
 from secure.tasks.answer import Answering
@@ -113,8 +111,6 @@ REPORTS = 1 << 10
 
 RETRIES = 3
 PAUSE = 0.5  # seconds before the first retry; twice as many before each further one
-LOST = (PeerLost, DealerError)
-"""The errors after which a query is asked again on a new connection."""
 
 BUSY = 120.0
 """Seconds in all that a query waits for services that say that they are busy."""
