@@ -14,6 +14,7 @@ import pytest
 import secure
 from parties import deployments
 from parties.cli import generate
+from parties.cli import generate as generate_module
 from secure.errors import PeerLost
 from tests.test_cli import Run, in_words, run
 from tests.writers import scripted, tokenizer_of, write_writer
@@ -127,6 +128,15 @@ def test_mistakes_by_services(run: Run, served: list[str]) -> None:
 # without services
 
 
+@pytest.mark.parametrize(
+    ("count", "steps", "said"),
+    [(21, 21, "20"), (21, 6, "20"), (5, 21, "20"), (2, 2, "1"), (1, 1, "")],
+)
+def test_the_rate_is_of_tokens(count: int, steps: int, said: str) -> None:
+    """With a draft a pass gives several; with a hidden length there are steps without."""
+    assert generate_module._rate(count, steps, 1.5, 0.5) == (f", {said} a second after the prompt" if said else "")
+
+
 @pytest.fixture
 def connected(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Let the command ask a model that says what a script says; gives the queries that it was asked."""
@@ -172,13 +182,14 @@ def test_what_was_written_before_a_party_was_lost_is_kept(run: Run, connected: C
     connected(script)
     ended = run("generate", "the")
     assert (ended.code, ended.out) == (1, "a mat\n")
-    assert "tokens were written, and are kept" in ended.err
+    assert ended.err.count("what was written is kept") == 1
     assert f"unseen: error: after {len(ids('a mat'))} tokens: the server was silent" in ended.err
     connected(script)
     ended = run("generate", "the", "--json")
     assert ended.code == 1
     assert json.loads(ended.out)["text"] == "a mat"
     assert json.loads(ended.out)["finish_reason"] is None
+    assert json.loads(ended.out)["error"].startswith(f"after {len(ids('a mat'))} tokens: the server was silent\nhint: ")
     connected([PeerLost("the server was silent", "look at its log")])
     ended = run("generate", "the")
     assert (ended.code, ended.out) == (1, "")

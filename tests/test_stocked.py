@@ -330,7 +330,7 @@ def test_it_says_its_level_and_why_it_fails(quick: None, caplog: pytest.LogCaptu
     wait_until(lambda: len(tried) > 2, "it tries again")
     fail.clear()
     wait_until(lambda: store.level().entries == 20, "it is full")
-    wait_until(lambda: "the store has 20 queries left of 20 (program 1, 0.00 GB)" in caplog.text, "it says so")
+    wait_until(lambda: "the store has 20 queries left of 20 (program 1, " in caplog.text, "it says so")
     assert caplog.text.count("the store is not filled at present: the dealer is away") == 1
     assert caplog.text.count("queries left of 20") == 11
     filler.close()

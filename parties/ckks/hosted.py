@@ -26,6 +26,7 @@ from parties.services.hosting import HostOptions, Parts
 from secure.ckks.compile import CkksModel
 from secure.ckks.profile import summary
 from secure.ckks.program import CkksProgram
+from secure.cost.traffic import in_units
 from secure.deployments.ckks import SERVER, Ckks
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
@@ -80,7 +81,7 @@ class CkksHosted:
             add_ModelServicer_to_server(published, server)
             add_CkksServicer_to_server(service, server)
 
-        encoded = f"weights encoded in {evaluators.seconds:.1f} s, {evaluators.bytes / 1e6:.1f} MB in memory"
+        encoded = f"weights encoded in {evaluators.seconds:.1f} s, {in_units(evaluators.bytes)} in memory"
         permissions, about = {**published.permissions, **service.permissions}, (summary(model), encoded)
         digest, readings = model.program.digest, service.readings
         return Parts([add], permissions, evaluators.close, about, program=digest, readings=readings)

@@ -19,7 +19,7 @@ from secure.cost import passes
 from secure.cost.traffic import OFFLINE, ONLINE, in_units, in_words, total
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import Deployment
-from secure.errors import InvalidInput
+from secure.errors import Error, InvalidInput
 from secure.models.chat import CONTENT, ROLE
 from secure.mpc.network import NETWORKS, NetworkSpeed, find_apart
 from secure.session.generation import STOP, Generation, Sizes, hidden_steps
@@ -196,13 +196,13 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     """Say how a text ended, what it took, and what showed of it."""
     count, steps = len(writing.ids), len(taken)
     stepwise = taken[0].length == 1  # the prompt was read by steps
-    ended = "at its end or at a stop" if writing.finish_reason == STOP else "after --max-new-tokens"
-    rate = f", {(steps - 1) / (seconds - first):.3g} a second after the prompt" if steps > 1 < seconds / first else ""
+    ended = "at its end or at a stop" if writing.finish_reason == STOP else "at the most tokens that were wanted"
+    rate = _rate(count, steps, seconds, first)
     if stepwise:
         rate = f", {count - 1} more in {seconds - first:.1f} s" if count > 1 else ""
     elif steps > count:
         ended += f", which {steps - count} more steps hid"
-    yield f"{count} tokens in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
+    yield f"{_counted(count, 'token')} in {seconds:.1f} s, the first after {first:.1f} s{rate}; ended {ended}"
     if writing.drafted:
         share = f"{writing.agreed} of {writing.drafted} guesses of the draft agreed"
         yield f"{share} ({writing.agreed / writing.drafted:.0%}); the servers saw how many in each pass"
@@ -212,26 +212,39 @@ def summary(writing: Generation, taken: Sequence[Report], seconds: float, first:
     if stepwise:
         yield f"the server saw {steps} steps, a token of the prompt or of the text each, and when each was"
         return
-    yield f"the servers saw a prompt of up to {taken[0].length} tokens, {steps} steps, and when each was"
+    took = _counted(steps, "step")
+    yield f"the servers saw a prompt of up to {taken[0].length} tokens, {took}, and when each was"
+
+
+def _rate(count: int, steps: int, seconds: float, first: float) -> str:
+    """Say how fast tokens came behind the first. Hidden steps take as long as others; a pass gives several tokens."""
+    made = max(count, steps)
+    return f", {(made - 1) / (seconds - first):.3g} a second after the prompt" if made > 1 and seconds > first else ""
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @contextmanager
 def _kept(writing: Generation, session: Session, prompt: str, *, as_json: bool) -> Iterator[None]:
     """End what is printed well: as JSON all at once, and after a failure with a word on how to go on."""
-    whole = False
+    whole, failed = False, dict[str, str]()
     try:
         yield
         whole = True
+    except Error as error:
+        failed = {"error": str(error)}
+        raise
     finally:
         if as_json and (whole or writing.ids):
             found: dict[str, Any] = {"prompt": prompt, "text": writing.text, "ids": writing.ids}
             found |= {"finish_reason": writing.finish_reason, "queries": [r.as_dict() for r in session.reports]}
             found |= {"drafted": writing.drafted, "agreed": writing.agreed} if writing.drafted else {}
+            found |= failed
             write(json.dumps(found) + "\n")
         elif writing.text:
             write("\n")
-        if writing.ids and not whole:
-            say(
-                f"unseen {VERB}: {len(writing.ids)} tokens were written, and are kept; the text cannot go on, as what "
-                "the parties kept of it is lost: ask again, with all of it behind the prompt"
-            )
+        if writing.ids and not whole and not failed:  # an error says so itself
+            said = f"{_counted(len(writing.ids), 'token')} of it; to go on, ask again with all of it behind the prompt"
+            say(f"unseen {VERB}: {said}")

@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secure.cost.traffic import OFFLINE, ONLINE
+from secure.cost.traffic import OFFLINE, ONLINE, in_units
 from secure.errors import MissingPackage, printable
 
 MOST = 25  # bars; what costs less is summed as "others"
@@ -209,7 +209,7 @@ def _label(link: LinkName) -> str:
 
 
 def _size(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB ({size:,} bytes)"
+    return f"{in_units(size)} ({size:,} bytes)"
 
 
 def _costs(title: str, groups: Rows, links: Sequence[LinkName], charts: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,7 +21,14 @@ def titled(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
     Names in the first column are left whole where that leaves the others room in a narrow terminal.
     """
-    table = Table(title=escape(printable(title)), title_justify="left")
+    table = Table(
+        title=escape(printable(title)),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     whole = max((len(row[0]) for row in rows), default=0) <= WHOLE
     for number, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if number else "left"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from parties.net.calls import unexpected
 from parties.store.entries import Store
 from parties.telemetry.events import Reading
+from secure.cost.traffic import in_units
 from secure.errors import Error
 
 MOST_ENTRIES = 4096  # with one label
@@ -185,11 +186,11 @@ class Filler:
             return
         self._told[shelf.what] = shelf.label, tenth
         if target:
-            size = entries * shelf.size / 1e9
-            self._log.info("the store has %d queries left of %d (%s, %.2f GB)", entries, target, shelf.what, size)
+            size = in_units(entries * shelf.size)
+            self._log.info("the store has %d queries left of %d (%s, %s)", entries, target, shelf.what, size)
         else:
             self._log.warning(
-                "the store has no room for a query of %s: it takes %.2f GB; give more: --store-bytes",
+                "the store has no room for a query of %s: it takes %s; give more: --store-bytes",
                 shelf.what,
-                shelf.size / 1e9,
+                in_units(shelf.size),
             )

@@ -27,6 +27,7 @@ from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.prescribed import prescribed
 from parties.three_party.shared_model import PartyShare, SharedProgram, load_share
+from secure.cost.traffic import in_units
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
@@ -151,11 +152,11 @@ def _about(share: PartyShare, size: SharedProgram) -> str:
     cost, held = size.circuit.cost, "public weights" if share.deployment.public_weights else "shared weights"
     if share.deployment.trusted_clients:
         held += ", trusted clients: what they send is not checked"
-    between = (cost.to_second + cost.to_first) / 1e6
-    rows = f", {cost.brought / 1e6:,.1f} MB of rows within it" if cost.brought else ""
+    between = in_units(cost.to_second + cost.to_first)
+    rows = f", {in_units(cost.brought)} of rows within it" if cost.brought else ""
     length = size.program.labels.get("length", "")
     which = f" of {length} tokens" if len(share.sizes) > 1 and length else ""
     return (
-        f"{held}; a query{which} takes {cost.rounds} rounds, {between:,.1f} MB between parties 0 and 1, "
-        f"{cost.dealt / 1e6:,.1f} MB from party 2 to party 0 ahead{rows}; Program {size.program.digest}"
+        f"{held}; a query{which} takes {cost.rounds} rounds, {between} between parties 0 and 1, "
+        f"{in_units(cost.dealt)} from party 2 to party 0 ahead{rows}; Program {size.program.digest}"
     )

@@ -47,6 +47,7 @@ from parties.two_party.prescribed import prescribed
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
 from parties.two_party.stocked import Stocked, memory_of, spooled_of
+from secure.cost.traffic import in_units
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
@@ -177,8 +178,8 @@ class TwoPartyHosted:
             add_InferenceServicer_to_server(service, server)
 
         largest = max(memory_of(model.program) for model in models)
-        many = f"{memory.total // max(largest, 1)} of {largest / GB:.3g} GB"
-        about = [f"memory for prepared queries: {memory.total / GB:.3g} GB, {many}"]
+        many = f"{memory.total // max(largest, 1)} of {in_units(largest)}"
+        about = [f"memory for prepared queries: {in_units(memory.total)}, {many}"]
         if options.workers > 1:
             about = [f"{options.workers} workers; each has: {about[0]}, and {MAXIMUM_SESSIONS} sessions"]
         if options.memory is not None and 0 < (free := available_memory()) < options.memory:

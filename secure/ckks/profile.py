@@ -18,6 +18,7 @@ from protocols.ckks.noise import bits
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import depth_by_path
 from secure.ckks.compile import CkksModel
+from secure.cost.traffic import in_units
 
 SECURITY = 128  # bits
 
@@ -148,9 +149,9 @@ class CkksProfile:
             f"N = {p.degree}, {p.levels} levels of {p.scale_bits} bits, modulus of {p.total_bits} bits: "
             f"{SECURITY}-bit security; {self.mode}, {self.rounds} round(s)",
             f"predicted {self.seconds:.2f} s of one core: {kinds}",
-            f"to the server {_mb(self.to_server)}, to the client {_mb(self.to_client)}; keys {_mb(self.key_bytes)} "
-            f"once; in memory keys {_mb(self.key_memory)}, weights {_mb(self.weight_memory)}, ciphertexts "
-            f"{_mb(self.ciphertext_memory)}",
+            f"to the server {in_units(self.to_server)}, to the client {in_units(self.to_client)}; "
+            f"keys {in_units(self.key_bytes)} once; in memory keys {in_units(self.key_memory)}, "
+            f"weights {in_units(self.weight_memory)}, ciphertexts {in_units(self.ciphertext_memory)}",
             f"predicted error of an output {self.predicted_error:.2g}",
             *self._hidden,
         )
@@ -206,9 +207,5 @@ def summary(model: CkksModel) -> str:
         f"N = {p.degree}, {p.levels} levels of {p.scale_bits} bits ({SECURITY}-bit security){rounds}; "
         f"{program.counts['rotate']} rotations, {program.counts['multiply']} ciphertext products, "
         f"{program.counts['plain']} plain ones; about {seconds(model.schedule, p):.1f} s of one core a query; "
-        f"keys {_mb(program.key_bytes)}"
+        f"keys {in_units(program.key_bytes)}"
     )
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

@@ -179,7 +179,7 @@ def _table(title: str, found: Groups, running: Deployed) -> ReportTable:
         if cost != CircuitCost() or products
     ]
     directions = (f"to {name}" for name in running.names)
-    return ReportTable(title, ("", "rounds, unmerged", *directions, "offline", "MMAC", "comparisons"), tuple(rows))
+    return ReportTable(title, ("", "unmerged rounds", *directions, "offline", "MMAC", "compared"), tuple(rows))
 
 
 def _projection_table(what: str, networks: Sequence[Mapping[str, Any]], running: Deployed) -> ReportTable:

@@ -31,7 +31,7 @@ from secure.session.link import LOST, Offer
 STOP, LENGTH = "stop", "length"
 """The reasons why a text ends: a token or a string that ends it, or the number of tokens that was asked for."""
 
-GO_ON = "hint: what was written is kept (ids, text); to go on, ask again with all of it behind the prompt"
+GO_ON = "hint: what was written is kept; to go on, ask again with all of it behind the prompt"
 
 
 @dataclass(frozen=True)
