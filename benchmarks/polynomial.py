@@ -34,7 +34,8 @@ from secure.models.text import PACKAGED, calibration_inputs, model_directory
 from secure.models.tokens import TextTokenizer
 from secure.mpc.compile import MpcModel, compile
 from secure.polynomial.forms import forms
-from secure.training.checkpoint import CHECKPOINT, read_about
+from secure.polynomial.recipe import CHECKPOINT
+from secure.training.checkpoint import read_about
 from secure.training.fidelity import fidelity
 from secure.training.sentences import agreement_of, hidden_states
 

@@ -8,6 +8,7 @@ The wings of this package, in dependency order; each imports only those above it
 errors       the one family of errors
 version      the versions of the package and of the wire format
 progress     reports of progress
+units        numbers with units, for people
 capture/     from a torch module to a graph of operations
 lowering/    from a graph to a trace of primitives
 polynomial/  models in polynomial form

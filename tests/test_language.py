@@ -18,11 +18,12 @@ from parties.cli import main as cli
 from parties.cli import train
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.generator import written
-from secure.errors import InvalidInput
+from secure.errors import InvalidInput, ModelNotFound
 from secure.models.causal import load_language_model
 from secure.models.decoder import Decoder, looks_positions_up, prompt_inputs, step_inputs
+from secure.models.text import model_directory
 from secure.polynomial.forms import PowerAttention, described, forms, freeze_untrained, padded_before, weighed_values
-from secure.polynomial.recipe import RECIPE, Recipe, read_recipe
+from secure.polynomial.recipe import CHECKPOINT, RECIPE, Recipe, read_recipe
 from secure.polynomial.swap import polynomialize
 from secure.training.distil import distil
 from secure.training.fidelity import TextFidelity, written_fidelity
@@ -393,7 +394,7 @@ def test_a_run_that_was_killed_goes_on(original: Path, tmp_path: Path) -> None:
         distil(original, [], Recipe(), settings, tmp_path / "cut", kill, samples=12)
     again = distil(original, [], Recipe(), settings, tmp_path / "cut", samples=12)
     assert again == whole
-    with pytest.raises(InvalidInput, match="other sentences or another model"):
+    with pytest.raises(InvalidInput, match="other text, samples or length of rows, or of another model\nhint"):
         distil(original, [], Recipe(), settings, tmp_path / "cut", samples=16)
 
 
@@ -447,6 +448,12 @@ def test_an_original_that_writes_no_text_is_refused(
         cli.app_main()
     assert ended.value.code == 1
     assert "writes text, and" in capsys.readouterr().err
+
+
+def test_a_training_that_has_not_ended_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(b"")
+    with pytest.raises(ModelNotFound, match="holds a training that has not ended\nhint: run the same `unseen train`"):
+        model_directory(str(tmp_path))
 
 
 @pytest.mark.parametrize("option", ["--length", "--fraction-bits"])

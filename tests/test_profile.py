@@ -34,9 +34,10 @@ from protocols.two_party import Input
 from protocols.wire import Wire
 from secure.cost.count import module, profile
 from secure.cost.runnable import Deployed
-from secure.cost.traffic import in_units, links
+from secure.cost.traffic import links
 from secure.deployments.two_party import CLIENT, DEALER, SERVER
 from secure.mpc.network import NETWORKS, NetworkSpeed
+from secure.units import in_units
 
 
 class Tiny(nn.Module):

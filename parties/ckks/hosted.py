@@ -26,11 +26,11 @@ from parties.services.hosting import HostOptions, Parts
 from secure.ckks.compile import CkksModel
 from secure.ckks.profile import summary
 from secure.ckks.program import CkksProgram
-from secure.cost.traffic import in_units
 from secure.deployments.ckks import SERVER, Ckks
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.session.link import Link
+from secure.units import in_units
 
 KEY_MEMORY = 8 << 30  # bytes of evaluation keys held decoded, at most
 

@@ -38,11 +38,11 @@ from parties.cli.options import (
     read_texts,
 )
 from parties.served.compiled_files import check_new, save_compiled
-from secure.cost.traffic import in_units
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
 from secure.deployments.self_test import Accept
 from secure.errors import InvalidInput
+from secure.units import in_units
 
 
 def compile_model(

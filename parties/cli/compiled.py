@@ -14,7 +14,7 @@ from parties.cli.options import DEFAULTS, dashed
 from parties.limits.memory import memory_said
 from parties.served.compiled_files import CompiledCache, load_compiled
 from secure.cost.demand import PROCESS
-from secure.cost.traffic import OFFLINE, ONLINE, in_units, in_words
+from secure.cost.traffic import OFFLINE, ONLINE, in_words
 from secure.deployments.compilation import Compilation
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import CompileOptions, Deployment
@@ -24,6 +24,7 @@ from secure.models.checkpoints import large_bytes
 from secure.models.decoder import DRAFT_LENGTH, TEMPERATURE
 from secure.models.settings import settings_of
 from secure.tasks.embed import Embed
+from secure.units import in_units
 
 CONFIG = "config.json"  # of a model's directory
 FIXED = (

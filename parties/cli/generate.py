@@ -16,7 +16,7 @@ from parties.cli.asking import Printing, connection_of
 from parties.cli.console import ERR, OUT, progress, say, write
 from parties.reports.who_learns import who_learns
 from secure.cost import passes
-from secure.cost.traffic import OFFLINE, ONLINE, in_units, in_words, total
+from secure.cost.traffic import OFFLINE, ONLINE, in_words, total
 from secure.deployments.circuits import CircuitDeployment
 from secure.deployments.deployment import Deployment
 from secure.errors import Error, InvalidInput
@@ -26,6 +26,7 @@ from secure.session.generation import STOP, Generation, Sizes, hidden_steps
 from secure.session.link import Report
 from secure.session.session import Session
 from secure.tasks.generate import Generate
+from secure.units import in_units
 
 VERB = Generate.name
 TOKENS = 64

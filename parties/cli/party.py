@@ -62,12 +62,12 @@ from parties.services import hosting
 from parties.services.draining import DRAIN
 from parties.telemetry.telemetry import check_telemetry
 from parties.three_party.shared_model import share_model as write_shares
-from secure.cost.traffic import in_units
 from secure.deployments.compilation import Compilation
 from secure.deployments.deployment import Deployment
 from secure.deployments.self_test import Accept
 from secure.deployments.three_party import ADDRESSES, PARTIES, ThreeParty
 from secure.models.text import PACKAGED
+from secure.units import in_units
 
 
 def share_model(

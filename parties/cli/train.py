@@ -121,10 +121,10 @@ def train(
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=OUT) as bar:
-        task = bar.add_task("training", total=steps)
+        task = bar.add_task("training", total=steps, visible=False)  # until something is done
 
         def told(step: TrainingProgress) -> None:
-            bar.update(task, completed=step.step, description=f"{step.stage}, loss {step.loss:.3f}")
+            bar.update(task, visible=True, completed=step.step, description=f"{step.stage}, loss {step.loss:.3f}")
             if not OUT.is_terminal and step.step % SAID == 0:  # a log has no bar
                 parts = ", ".join(f"{name} {value:.4f}" for name, value in step.parts.items())
                 bar.console.print(
@@ -141,7 +141,7 @@ def train(
             told,
             samples=samples or 0,
             length=length or 0,
-            preparing=lambda done, total, what: bar.update(task, description=f"{done} of {total} {what}"),
+            preparing=lambda done, total, what: bar.update(task, visible=True, description=f"{done} of {total} {what}"),
         )
     found = (
         measured_texts(output, directory, others, 0, row=length or 0)

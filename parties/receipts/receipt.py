@@ -176,7 +176,7 @@ class Receipt:
         try:
             return cls.from_json(raw)
         except InvalidInput as error:
-            raise InvalidInput(f"{path} is no receipt: {error}", hint) from None
+            raise InvalidInput(f"{path} is no receipt: {str(error).partition(chr(10))[0]}", hint) from None
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:

@@ -15,8 +15,9 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secure.cost.traffic import OFFLINE, ONLINE, in_units
+from secure.cost.traffic import OFFLINE, ONLINE
 from secure.errors import MissingPackage, printable
+from secure.units import in_units
 
 MOST = 25  # bars; what costs less is summed as "others"
 COLOURS = ("#0072b2", "#e69f00", "#999999")  # told apart by colour-blind people too (Okabe and Ito)

@@ -40,7 +40,9 @@ def verify(receipt: Receipt, programs: Mapping[str, bytes]) -> None:
         if digest not in receipt.digests:
             raise ReceiptError(f"messages name the Program {digest}, which the receipt does not offer")
         if digest not in programs:
-            raise InvalidInput(f"the Program {digest} is missing", "give its file or its server: --program, --server")
+            raise InvalidInput(
+                f"the Program {digest} is not among what was given", "give its file or its server: --program, --server"
+            )
         if hashlib.sha256(programs[digest]).hexdigest() != digest:
             raise InvalidInput(f"a Program that is not {digest}")
     own = {digest: programs[digest] for digest in receipt.used}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from parties.net.calls import unexpected
 from parties.store.entries import Store
 from parties.telemetry.events import Reading
-from secure.cost.traffic import in_units
 from secure.errors import Error
+from secure.units import in_units
 
 MOST_ENTRIES = 4096  # with one label
 KEPT = 7 * 86400.0  # seconds that an entry is kept

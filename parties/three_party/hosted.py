@@ -27,12 +27,12 @@ from parties.three_party.party_1 import Party1Service
 from parties.three_party.party_2 import Party2Service
 from parties.three_party.prescribed import prescribed
 from parties.three_party.shared_model import PartyShare, SharedProgram, load_share
-from secure.cost.traffic import in_units
 from secure.deployments.deployment import Deployment
 from secure.deployments.three_party import PARTIES, ThreeParty
 from secure.errors import InvalidInput
 from secure.mpc.budget import Budget
 from secure.session.link import Link, digest_of_all
+from secure.units import in_units
 
 SEEDS_FILE = "seeds.sqlite"  # in the directory of party 2's store
 

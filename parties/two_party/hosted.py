@@ -47,7 +47,6 @@ from parties.two_party.prescribed import prescribed
 from parties.two_party.sealing import PUBLIC_FILE, SealingKey
 from parties.two_party.server import MAXIMUM_SESSIONS, STREAMS, InferenceService
 from parties.two_party.stocked import Stocked, memory_of, spooled_of
-from secure.cost.traffic import in_units
 from secure.deployments.compiled import Compiled
 from secure.deployments.deployment import Deployment
 from secure.deployments.two_party import DEALER, SERVER, TwoParty
@@ -55,6 +54,7 @@ from secure.errors import InvalidInput
 from secure.mpc.budget import PARTS, Budget
 from secure.mpc.program import Program
 from secure.session.link import Link, digest_of_all
+from secure.units import in_units
 
 STORE = ("store", "store_key")  # what both roles take to keep entries on a disk
 ENTRIES = "entries.sqlite"  # in the directory of the dealer's store

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load
 from torch import Tensor
 
-from secure.errors import InvalidInput, InvalidProgram, printable
+from secure.errors import Error, InvalidInput, InvalidProgram, printable
 
 MAXIMUM_BYTES = 4 << 20
 """The most bytes of an encoded Program or graph; the largest of ours, of 32 layers, has one million."""
@@ -64,8 +64,8 @@ def what_is_wrong(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         text = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-    else:
-        text = f"{type(error).__name__}: {error}"
+    else:  # messages of our own are sentences
+        text = str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
     return printable(text)[:300]
 
 

@@ -18,7 +18,7 @@ from protocols.ckks.noise import bits
 from protocols.ckks.parameters import Parameters
 from protocols.ckks.schedule import depth_by_path
 from secure.ckks.compile import CkksModel
-from secure.cost.traffic import in_units
+from secure.units import in_units
 
 SECURITY = 128  # bits
 

@@ -16,9 +16,10 @@ from secure.cost.projection import Projection, Transport, project
 from secure.cost.report import ProfileReport, ReportTable
 from secure.cost.runnable import Deployed
 from secure.cost.timeline import Timeline, Usage
-from secure.cost.traffic import ONLINE, Cost, in_units, in_words, links, traffic_json
+from secure.cost.traffic import ONLINE, Cost, in_words, links, traffic_json
 from secure.mpc.network import NetworkSpeed
 from secure.mpc.program import Program
+from secure.units import in_units
 
 Networks = Mapping[str, NetworkSpeed | None]
 """Networks by name. None stands for both parties on one machine."""

@@ -16,6 +16,7 @@ from secure.models.prompts import Prompts, read_prompts
 from secure.models.sentence_encoder import find_packaged_model, load_sentence_encoder
 from secure.models.served_tokenizer import load_served_tokenizer
 from secure.models.tokens import REFUSE, TRUNCATE, TextTokenizer, tokenize
+from secure.polynomial.recipe import CHECKPOINT
 
 PACKAGED = "all-MiniLM-L6-v2"
 
@@ -31,6 +32,8 @@ def model_directory(model: str) -> Path:
     if directory.is_file():
         raise ModelNotFound(f"the model {model!r} is a file", "give the directory in which it lies")
     if not any((directory / name).is_file() for name in ("config.json", "modules.json")):
+        if (directory / CHECKPOINT).is_file():
+            raise ModelNotFound(f"{model!r} holds a training that has not ended", "run the same `unseen train` again")
         raise ModelNotFound(
             f"no model at {model!r}: there is no config.json",
             f"give a directory written by save_pretrained, or {PACKAGED!r} (pip install 'unseen[demo]'); "

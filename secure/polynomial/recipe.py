@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secure.errors import InvalidInput
 
 RECIPE = "polynomial.json"
+CHECKPOINT = "training.safetensors"  # in a directory whose training has not ended
 """The name of a recipe's file, beside the weights of a model in polynomial form."""
 
 QUAD = 5.0  # the shift of 2Quad

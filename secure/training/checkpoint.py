@@ -14,7 +14,6 @@ from torch import Tensor
 
 from secure.errors import InvalidInput
 
-CHECKPOINT = "training.safetensors"
 _ABOUT = "unseen"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state
 

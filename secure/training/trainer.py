@@ -35,8 +35,8 @@ from secure.polynomial.forms import (
     described,
     forms,
 )
-from secure.polynomial.recipe import Recipe
-from secure.training.checkpoint import CHECKPOINT, read_about, read_state, write_checkpoint
+from secure.polynomial.recipe import CHECKPOINT, Recipe
+from secure.training.checkpoint import read_about, read_state, write_checkpoint
 
 FRESH = 2  # batches from which scales of queries and centres are taken
 FITTING = 12  # batches on which coefficients are fitted
@@ -327,12 +327,12 @@ class Trainer:
         wanted = {
             "settings": (asdict(self.settings), about.get("settings")),
             "recipe": (self.recipe.model_dump(exclude={"layers"}), recipe.model_dump(exclude={"layers"})),
-            "sentences or another model": (self.about, about.get("about")),
+            "text, samples or length of rows, or of another model": (self.about, about.get("about")),
         }
         for what, (ours, theirs) in wanted.items():
             if theirs != ours:
                 raise InvalidInput(
-                    f"{path} is a run with other {what}: {_apart(theirs, ours)}",
+                    f"{path} is a run with other {what}{_apart(theirs, ours)}",
                     "give the same to go on, or another directory",
                 )
         try:
@@ -352,11 +352,11 @@ class Trainer:
 
 
 def _apart(theirs: Any, ours: Any) -> str:
-    """Say in which fields two documents differ."""
+    """Say in which fields two documents differ; nothing of what are none, as digests."""
     if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
-        return f"{theirs!r:.80}, not {ours!r:.80}"
+        return ""
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    return ", ".join(f"{name} {theirs.get(name)!r:.80}, not {ours.get(name)!r:.80}" for name in names)
+    return ": " + ", ".join(f"{name} {theirs.get(name)!r:.80}, not {ours.get(name)!r:.80}" for name in names)
 
 
 def _in_order(model: nn.Module, run: Callable[[], None]) -> list[Form]:
