@@ -27,6 +27,7 @@ WINGS = {
             ("errors",),
             ("version",),
             ("progress",),
+            ("units",),
             ("capture",),
             ("lowering",),
             ("polynomial",),
