@@ -93,6 +93,7 @@ def test_a_draft_by_services(run: Run, served: list[str], compiled: secure.Compi
         "waiting on WAN, 400 Mbps, 10 ms, for the same shares: ",
         "the servers see how many guesses agree in each pass, which says much about the text",
         "4 of 4 guesses of the draft agreed (100%); the servers saw how many in each pass",
+        "guesses that agree in each pass",
     ):
         assert said in ended.err
     assert "guess" not in plain.err

@@ -129,7 +129,8 @@ def generate(
         for line in summary(writing, session.reports, time.monotonic() - began, first):
             say(f"unseen {VERB}: {line}")
         if not connecting.as_json:
-            ERR.print(who_learns(deployment, token_table=bool(session.link.tables)))
+            table = bool(session.link.tables)
+            ERR.print(who_learns(deployment, token_table=table, drafted=bool(writing.drafted)))
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.table import Table
 
 from secure.deployments.deployment import ROWS, Deployment, Role, variants
+from secure.deployments.two_party import CLIENT
 from secure.errors import InvalidInput
 
 _BETWEEN = re.compile(r"(<!-- who-learns:([\w-]+) -->\n).*?(<!-- /who-learns -->)", re.DOTALL)
@@ -32,14 +33,16 @@ def columns(roles: Sequence[Role]) -> dict[str, Role]:
     return out
 
 
-def who_learns(deployment: Deployment, *, token_table: bool) -> Table:
-    """The table for the terminal. ``token_table``: clients hold it."""
+def who_learns(deployment: Deployment, *, token_table: bool, drafted: bool = False) -> Table:
+    """The table for the terminal. token_table: clients hold it. drafted: a client's guesses were checked in passes."""
     table = Table(title=f"who learnt what ({deployment.trust})", title_justify="left")
     found = columns(deployment.roles(token_table=token_table))
     for heading in ("", *found):
         table.add_column(heading)
     for row in ROWS:
         table.add_row(row, *(role.learns[row] for role in found.values()))
+    if drafted:
+        table.add_row("guesses that agree in each pass", *("its own" if name == CLIENT else "all" for name in found))
     return table
 
 
