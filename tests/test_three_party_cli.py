@@ -40,6 +40,8 @@ def test_sharing_asking_and_predicting(
     made = run("share-model", *common, "--output", str(tmp_path / "shares"), "--calibration", str(texts))
     assert made.code == 0
     assert made.err.count("it holds secrets") == 3
+    again = run("share-model", *common, "--output", str(tmp_path / "shares"))
+    in_words(again, f"{tmp_path / 'shares' / 'party-0'} is already there", "give a new directory, or remove it")
     profiled = run("profile", *common, *THREE, "--json", "--no-time")
     assert profiled.code == 0
     predicted = json.loads(profiled.out)

@@ -58,6 +58,7 @@ from parties.cli.options import (
 from parties.cli.serve import hosting_network, run
 from parties.limits.quotas import NO_LIMITS, Limits
 from parties.net.endpoints import Endpoint
+from parties.served.compiled_files import check_new
 from parties.services import hosting
 from parties.services.draining import DRAIN
 from parties.telemetry.telemetry import check_telemetry
@@ -98,6 +99,8 @@ def share_model(
     threads: ThreadsOption = 0,
 ) -> None:
     """Share a model among three parties: one directory for each, to be given to it and to nobody else."""
+    for name in PARTIES:  # shares of two runs do not belong together
+        check_new(output / name.replace(" ", "-"))
     use_threads(threads)
     options = compile_options(
         deployment,
