@@ -163,7 +163,7 @@ def enlarged(text: str) -> str:
         (lambda d: view(d, 2, content([-2] * 4096)), "a content of negative elements"),
         (lambda d: view(d, 2, "***"), "not a valid Program"),
         (lambda d: view(d, 2, base64.b64encode(b"no").decode()), "not a valid Program"),
-        (lambda d: d["parameters"].update(levels=9), "not a valid Program: DoesNotFit"),
+        (lambda d: d["parameters"].update(levels=9), "not a valid Program: 9 levels of 26 bits take a modulus"),
         (lambda d: d["parameters"].update(surprise=1), "not a valid Program"),
         (lambda d: d["parameters"].update(degree=8192.0), "Input should be a valid integer"),
         (lambda d: d["parameters"].update(spare_bits=True), "Input should be a valid integer"),

@@ -127,7 +127,7 @@ def test_in_a_running_event_loop(model: Any, embedder: secure.Session) -> None:
         while not coming.done():
             await asyncio.sleep(0.005)
             ticks += 1
-        assert ticks > 3
+        assert ticks > 1  # of a loop that is blocked it would be one at most
         features = await secure.pipeline("feature-extraction", embedder).acall(TEXTS[:2])
         return blocking, await coming, np.array(features)
 

@@ -22,7 +22,7 @@ def titled(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     Names in the first column are left whole where that leaves the others room in a narrow terminal.
     """
     table = Table(
-        title=escape(printable(title)),
+        title="\n" + escape(printable(title)),  # what is above it has no edge
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
