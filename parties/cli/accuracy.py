@@ -62,7 +62,7 @@ def accuracy(
     checked_output(output, form.value)
     use_threads(threads)
     given = read_texts(texts, "--texts", "sentence") if texts else []
-    protocols = {"--length": length, "--fraction-bits": fraction_bits}
+    asked = {"--length": length is not None, "--fraction-bits": fraction_bits is not None}
     length = LENGTH if length is None else length
     fixed = FixedPoint() if fraction_bits is None else FixedPoint(fraction_bits=fraction_bits)
     both = model_directory(model), model_directory(original)
@@ -72,8 +72,8 @@ def accuracy(
             raise InvalidInput(
                 f"{model} writes text, and {original} does not", "--original is the model it was made of"
             )
-        for name, value in protocols.items() if not protocol else ():
-            if value is not None:
+        for name, is_given in asked.items():
+            if is_given and not protocol:
                 raise InvalidInput(f"{name} means nothing with --protocol 0", "leave it out, or --protocol")
         found = measured_texts(*both, given, protocol, fixed, length)
     else:

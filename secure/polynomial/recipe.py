@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secure.errors import InvalidInput
 
 RECIPE = "polynomial.json"
-CHECKPOINT = "training.safetensors"  # in a directory whose training has not ended
 """The name of a recipe's file, beside the weights of a model in polynomial form."""
+
+CHECKPOINT = "training.safetensors"
+"""The name of the file from which a training goes on, in the directory that it writes its model to in the end."""
 
 QUAD = 5.0  # the shift of 2Quad
 
